@@ -1,0 +1,32 @@
+# Needs python3 (3.11 or later) with pip and venv. The first target run sets up .venv.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: setup train test test-slow lint clean
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+train: setup
+	$(BIN)/python train.py --config=configs/digits_diffrate.py --workdir=runs/digits_diffrate
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or multiprocess or tpu_compile or notebook or pretrained"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf .venv .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

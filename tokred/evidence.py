@@ -1,0 +1,105 @@
+"""The arrays that scores ask for, made from what a layer has at hand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tokred.ops import attention_column_mean, attention_probs, attention_rows, gather
+from tokred.plan import Ask
+from tokred.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What evidence is made of: a layer's q, k, v [*B N H E], its input, and its tokens."""
+
+    q: Any
+    k: Any
+    v: Any
+    input: Any
+    tokens: Tokens
+    scale: float | None = None
+
+    def softmax_arguments(self) -> dict[str, Any]:
+        tokens = self.tokens
+        return {
+            "bias": tokens.key_bias(),
+            "valid": tokens.valid,
+            "policy": tokens.policy,
+            "policy_eps": tokens.policy_eps,
+            "scale": self.scale,
+        }
+
+
+def provide(ask: Ask, seen: Seen) -> Array:
+    """The evidence of `ask`, for the tokens of `seen`.
+
+    Shapes: 'rows', 'column_mean' [*B N] (heads='all': [*B N H], rows only) · 'keys', 'values'
+    [*B N E] or [*B N H E] · 'qkv' [*B N 3 H E] · 'input' [*B N D] · 'probs' [*B H N N].
+    Gradient: flows; selections stop it.
+    """
+    makers = {
+        "rows": _rows,
+        "column_mean": _column_mean,
+        "probs": lambda _, s: attention_probs(s.q, s.k, **s.softmax_arguments()),
+        "keys": lambda a, s: _heads(s.k, a),
+        "values": lambda a, s: _heads(s.v, a),
+        "qkv": lambda _, s: jnp.stack([s.q, s.k, s.v], axis=-3),
+        "input": lambda _, s: s.input,
+        "hidden": lambda _, s: s.tokens.x,
+    }
+    return makers[ask.kind](ask, seen)
+
+
+def _heads(x: Array, ask: Ask) -> Array:
+    return x.mean(axis=-2) if ask.heads == "mean" else x
+
+
+def _rows(ask: Ask, seen: Seen) -> Array:
+    if ask.rows in seen.tokens.extra:
+        return _masked_rows(ask, seen)
+    if ask.rows not in ("cls", "last"):
+        raise ValueError(
+            f"Ask: rows={ask.rows!r} must be 'cls', 'last' or the name of a mask in Tokens.extra "
+            f"(present: {sorted(seen.tokens.extra)})."
+        )
+    n, batch = seen.tokens.n, seen.tokens.batch
+    if ask.rows == "cls":
+        q, own = seen.q[..., :1, :, :], jnp.zeros((1,), jnp.int32)
+    else:
+        q, own = _last_query(seen), jnp.full((1,), n - 1)
+        if seen.tokens.policy is not None:
+            raise ValueError("Ask: rows='last' and a policy do not go together; use rows='cls'.")
+    rows = attention_rows(q, seen.k, own=own, **seen.softmax_arguments())  # [*B H 1 N]
+    rows = rows.reshape(*batch, rows.shape[-3], n)
+    return rows.mean(axis=-2) if ask.heads == "mean" else jnp.swapaxes(rows, -1, -2)
+
+
+def _last_query(seen: Seen) -> Array:
+    valid = seen.tokens.valid
+    if valid is None:
+        return seen.q[..., -1:, :, :]
+    slots = jnp.arange(seen.tokens.n).reshape((1,) * (valid.ndim - 1) + (-1,))
+    last = jnp.where(valid, slots, 0).max(-1, keepdims=True)
+    return gather(seen.q, last, axis=valid.ndim - 1)
+
+
+def _masked_rows(ask: Ask, seen: Seen) -> Array:
+    arguments = seen.softmax_arguments()
+    if arguments.pop("policy") is not None:
+        raise ValueError(f"Ask: rows={ask.rows!r} and a policy do not go together; use rows='cls'.")
+    arguments.pop("policy_eps")
+    mask = seen.tokens.extra[ask.rows] > 0
+    return attention_column_mean(seen.q, seen.k, query_valid=mask, **arguments)
+
+
+def _column_mean(ask: Ask, seen: Seen) -> Array:
+    arguments = seen.softmax_arguments()
+    if arguments.pop("policy") is not None:
+        return attention_probs(seen.q, seen.k, **seen.softmax_arguments()).mean((-3, -2))
+    arguments.pop("policy_eps")
+    return attention_column_mean(
+        seen.q, seen.k, query_valid=seen.tokens.valid, **arguments
+    )

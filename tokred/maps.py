@@ -1,0 +1,412 @@
+"""The one noun: a TokenMap turns N tokens into K, per example, by a mostly sparse linear map.
+
+`Keep` chooses tokens, `Assign` sends each token to a group (or several), `Mix` is any matrix.
+All three: `apply`, `restore`, `sizes`, `source`, `lift`, `dense`, and `compose(first, second)`.
+
+Leading axes `*B` of a map align, as in numpy, with the axes of an array immediately before its
+token axis; `lift` adds a leading axis of length 1. Nothing here has parameters or randomness.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokred.ops import gather, segment_max, segment_sum
+from tokred.ops.gather import aligned
+
+HOWS = ("keep", "sum", "mean", "weighted", "weighted_sum", "max")
+Tree = TypeVar("Tree")
+register = jax.tree_util.register_dataclass
+
+
+class _Map:
+    """What the three maps share; a subclass brings its fields, `_apply`, `_target` and `dense`."""
+
+    valid: Any
+    n: Any
+    k: Any
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axes *B."""
+        raise NotImplementedError
+
+    def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
+        raise NotImplementedError
+
+    def _target(self) -> Int[Array, "*B N"]:
+        """The output that each token goes to; -1 = none."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> Int[Array, "*B N"]:
+        """Where each token is now; -1 = gone, also when its output is invalid."""
+        where = self._target()
+        if self.valid is None:
+            return where
+        lands = gather(self.valid, jnp.maximum(where, 0), axis=len(self.batch))
+        return jnp.where(lands, where, -1)
+
+    def apply(
+        self,
+        x: Tree,
+        how: str | None = None,
+        *,
+        weight: Float[Array, "*B N"] | None = None,
+        axis: int | None = None,
+    ) -> Tree:
+        """Every array of the pytree `x` moved along its token axis.
+
+        how: 'keep' the chosen or representative row · 'sum' · 'mean' · 'weighted' mean by
+        `weight` · 'weighted_sum' by `weight` · 'max'. Default: 'keep' for Keep, 'mean' else.
+        axis: the token axis, by default the one after the map's own leading axes.
+        Rows of invalid outputs are 0. Gradient: to x and weight.
+
+        Raises:
+          ValueError: unknown `how`, a missing or needless `weight`, another token count.
+        """
+        how = self._how(how, weight)
+        axis = len(self.batch) if axis is None else axis
+        return jax.tree.map(lambda leaf: self._checked(leaf, how, weight, axis), x)
+
+    def _how(self, how: str | None, weight: Any) -> str:
+        how = ("keep" if isinstance(self, Keep) else "mean") if how is None else how
+        if how not in HOWS:
+            raise ValueError(f"TokenMap.apply: how={how!r} is unknown; choose one of {HOWS}.")
+        if (weight is not None) != how.startswith("weighted"):
+            verb = "needs" if weight is None else "takes no"
+            raise ValueError(f"TokenMap.apply: how={how!r} {verb} weight=; change one of the two.")
+        return how
+
+    def _checked(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
+        axis = axis % x.ndim
+        if x.shape[axis] != self.n:
+            raise ValueError(
+                f"TokenMap.apply: the map takes N={self.n} tokens, but axis {axis} of the array "
+                f"{x.shape} has {x.shape[axis]}; pass axis=, the token axis."
+            )
+        return self._masked(self._apply(x, how, weight, axis), axis)
+
+    def _masked(self, y: Array, axis: int) -> Array:
+        if self.valid is None:
+            return y
+        return jnp.where(aligned(self.valid, y.ndim, axis), y, jnp.zeros_like(y))
+
+    def restore(self, y: Array, fill: Any = 0, *, axis: int | None = None) -> Array:
+        """[.. K ..] back to [.. N ..]: kept rows return, merged rows are copied to their members.
+
+        fill: what a token gets that went nowhere: a number, or an array shaped like the result
+        (Mixture-of-Depths is fill=x). Gradient: to y and fill.
+        """
+        axis = (len(self.batch) if axis is None else axis) % y.ndim
+        back = gather(y, jnp.maximum(self.source, 0), axis=axis)
+        here = aligned(self.source, y.ndim, axis) >= 0
+        return jnp.where(here, back, jnp.asarray(fill, y.dtype))
+
+    def sizes(self, size: Float[Array, "*B N"] | None = None) -> Float[Array, "*B K"]:
+        """How many tokens (or, given `size`, originals) each output stands for."""
+        return self.apply(jnp.ones((*self.batch, self.n)) if size is None else size, "sum")
+
+    def lift(self, axis: int = -1):
+        """The same map with a leading axis of length 1 added, by default just before tokens.
+
+        axis: where, among the leading axes of the result; it will broadcast there.
+        """
+        where = axis % (len(self.batch) + 1)
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, where), self)
+
+
+@functools.partial(register, data_fields=["index", "valid"], meta_fields=["n"])
+@dataclass(frozen=True)
+class Keep(_Map):
+    """Prune, drop, evict, sample, route: output k is token index[k].
+
+    index: Int[*B K], distinct within a row wherever valid · valid: Bool[*B K] or None (all)
+    · n: tokens in, static.
+    """
+
+    index: Any
+    n: int
+    valid: Any = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.index.shape[:-1]
+
+    @property
+    def k(self) -> int:
+        return self.index.shape[-1]
+
+    def _target(self) -> Int[Array, "*B N"]:
+        slots = jnp.broadcast_to(jnp.arange(self.k, dtype=jnp.int32), self.index.shape)
+        index = self.index if self.valid is None else jnp.where(self.valid, self.index, self.n)
+        return segment_sum(slots + 1, index, self.n, axis=len(self.batch)) - 1
+
+    def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
+        if how == "weighted_sum":
+            x = x * aligned(weight, x.ndim, axis).astype(x.dtype)
+        return gather(x, self.index, axis=axis)
+
+    def dense(self) -> Float[Array, "*B K N"]:
+        """The matrix of 'sum': the reference for tests."""
+        return self._masked(jax.nn.one_hot(self.index, self.n), len(self.batch))
+
+    def as_assign(self) -> "Assign":
+        """The same map as groups of one."""
+        gone = jnp.where(self.source < 0, self.k, self.source)
+        return Assign(gone, self.k, index=self.index, valid=self.valid)
+
+
+@functools.partial(
+    register, data_fields=["target", "weight", "index", "valid"], meta_fields=["k", "several"]
+)
+@dataclass(frozen=True)
+class Assign(_Map):
+    """Merge, fuse, cluster, pool, window, chunk: token n goes to group target[n].
+
+    target: Int[*B N], or [*B N J] for several groups; the value k means nobody
+    · k: groups, static · weight: Float like target or None (ones), multiplies in every sum
+    · index: Int[*B K] or None, the member that stands for its group under how='keep'
+    · valid: Bool[*B K] or None.
+    """
+
+    target: Any
+    k: int
+    weight: Any = None
+    index: Any = None
+    valid: Any = None
+    several: bool = False
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.target.shape[: -2 if self.several else -1]
+
+    @property
+    def n(self) -> int:
+        return self.target.shape[len(self.batch)]
+
+    def _target(self) -> Int[Array, "*B N"]:
+        target = self.target
+        if self.several:
+            weight = jnp.ones(target.shape) if self.weight is None else self.weight
+            heaviest = jnp.argmax(jnp.where(target < self.k, weight, -jnp.inf), -1, keepdims=True)
+            target = jnp.take_along_axis(target, heaviest, axis=-1)[..., 0]
+        return jnp.where(target < self.k, target, -1).astype(jnp.int32)
+
+    def _columns(self) -> list[tuple[Array, Array | None]]:
+        if not self.several:
+            return [(self.target, self.weight)]
+        pick = lambda a, j: None if a is None else a[..., j]  # noqa: E731
+        return [(self.target[..., j], pick(self.weight, j)) for j in range(self.target.shape[-1])]
+
+    def _sum(self, x: Array, weight: Array | None, axis: int) -> Array:
+        """Float32 sums over members of x · map weight · `weight`."""
+        total = jnp.zeros((), jnp.float32)
+        for target, own in self._columns():
+            factors = [aligned(w, x.ndim, axis) for w in (own, weight) if w is not None]
+            scaled = functools.reduce(jnp.multiply, factors, x.astype(jnp.float32))
+            total = total + segment_sum(scaled, target, self.k, axis=axis)
+        return total
+
+    def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
+        if how == "keep":
+            if self.index is None:
+                raise ValueError("Assign.apply: how='keep' needs index=, one member of each group.")
+            return gather(x, self.index, axis=axis)
+        if how == "max":
+            return self._max(x, axis)
+        total = self._sum(x, weight, axis)
+        if how in ("mean", "weighted"):
+            ones = jnp.ones(x.shape[: axis + 1] + (1,) * (x.ndim - axis - 1), jnp.float32)
+            mass = self._sum(ones, weight, axis)
+            total = total / jnp.where(mass == 0, 1.0, mass)
+        whole = x.dtype != bool and how.endswith("sum")
+        return total.astype(x.dtype) if whole or jnp.issubdtype(x.dtype, jnp.floating) else total
+
+    def _max(self, x: Array, axis: int) -> Array:
+        tops = []
+        for target, own in self._columns():
+            alive = target if own is None else jnp.where(own > 0, target, self.k)
+            tops.append(segment_max(x, alive, self.k, axis=axis))
+        return functools.reduce(jnp.maximum, tops)
+
+    def dense(self) -> Float[Array, "*B K N"]:
+        """The matrix of 'sum': the reference for tests."""
+        matrix = jnp.zeros((), jnp.float32)
+        for target, own in self._columns():
+            hot = jax.nn.one_hot(target, self.k)  # [*B N K]
+            matrix = matrix + (hot if own is None else hot * own[..., None])
+        return self._masked(jnp.swapaxes(matrix, -1, -2), len(self.batch))
+
+
+@functools.partial(register, data_fields=["matrix", "valid", "back"], meta_fields=[])
+@dataclass(frozen=True)
+class Mix(_Map):
+    """Slim, resample, query, soft cluster: y = matrix x.
+
+    matrix: Float[*B K N] · valid: Bool[*B K] or None · back: Float[*B N K] or None, the map's
+    own restore, never guessed.
+    """
+
+    matrix: Any
+    valid: Any = None
+    back: Any = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.matrix.shape[:-2]
+
+    @property
+    def n(self) -> int:
+        return self.matrix.shape[-1]
+
+    @property
+    def k(self) -> int:
+        return self.matrix.shape[-2]
+
+    def _target(self) -> Int[Array, "*B N"]:
+        matrix = self.dense()
+        best = jnp.argmax(matrix, axis=-2).astype(jnp.int32)
+        return jnp.where(matrix.max(-2) > 0, best, -1)
+
+    def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
+        if how in ("keep", "max"):
+            raise ValueError(f"Mix.apply: how={how!r} has no meaning for a matrix; use 'sum'.")
+        matrix = self.matrix if weight is None else self.matrix * weight[..., None, :]
+        if how in ("mean", "weighted"):
+            mass = matrix.sum(-1, keepdims=True)
+            matrix = matrix / jnp.where(mass == 0, 1.0, mass)
+        return _product(matrix, x, axis)
+
+    def restore(self, y: Array, fill: Any = 0, *, axis: int | None = None) -> Array:
+        """`back` y; `fill` is not used, since a matrix leaves no token out.
+
+        Raises:
+          ValueError: the map was made without `back`.
+        """
+        if self.back is None:
+            raise ValueError("Mix.restore: this map has no back= matrix; give it the one you mean.")
+        return _product(self.back, y, (len(self.batch) if axis is None else axis) % y.ndim)
+
+    def dense(self) -> Float[Array, "*B K N"]:
+        """The matrix, rows of invalid outputs 0."""
+        return self._masked(self.matrix, len(self.batch))
+
+
+TokenMap = Keep | Assign | Mix
+
+
+def _product(matrix: Array, x: Array, axis: int) -> Array:
+    """matrix [*I K N] times x along `axis`, accumulated in float32."""
+    lead = axis - (matrix.ndim - 2)
+    tail = x.ndim - axis - 1
+    rows = jnp.moveaxis(x, axis, -1)  # [*L *T N]
+    shape = (1,) * lead + matrix.shape[:-2] + (1,) * tail + matrix.shape[-2:]
+    y = jnp.einsum(
+        "...kn,...n->...k", matrix.reshape(shape), rows, preferred_element_type=jnp.float32
+    )
+    return jnp.moveaxis(y, -1, axis).astype(x.dtype)
+
+
+def compose(first: TokenMap, second: TokenMap) -> TokenMap:
+    """One map that does `first`, then `second`; exact for how='sum' (and 'keep' of Keeps).
+
+    Shapes: first N -> M, second M -> K, both with the same leading axes.
+
+    Raises:
+      ValueError: `second` does not take as many tokens as `first` gives.
+    """
+    if first.k != second.n:
+        raise ValueError(
+            f"compose: the first map gives {first.k} tokens, the second takes {second.n}; "
+            "compose maps in the order in which they acted."
+        )
+    if isinstance(first, Keep) and isinstance(second, Keep):
+        valid = second.valid if first.valid is None else second.apply(first.valid)
+        return Keep(gather(first.index, second.index, axis=len(first.batch)), first.n, valid)
+    if isinstance(first, Mix) or isinstance(second, Mix):
+        return Mix(_product(second.dense(), first.dense(), len(first.batch)), second.valid)
+    return _compose_assign(_as_assign(first), _as_assign(second))
+
+
+def _as_assign(map_: Keep | Assign) -> Assign:
+    return map_.as_assign() if isinstance(map_, Keep) else map_
+
+
+def _compose_assign(first: Assign, second: Assign) -> Assign:
+    pairs = [
+        _chain(t1, w1, t2, w2, first, second)
+        for t1, w1 in first._columns()
+        for t2, w2 in second._columns()
+    ]
+    target = jnp.stack([t for t, _ in pairs], -1)
+    weight = jnp.stack([w for _, w in pairs], -1)
+    index = None
+    if first.index is not None and second.index is not None:
+        index = gather(first.index, second.index, axis=len(first.batch))
+    if len(pairs) == 1:
+        return Assign(target[..., 0], second.k, weight[..., 0], index, second.valid)
+    return Assign(target, second.k, weight, index, second.valid, several=True)
+
+
+def _chain(t1: Array, w1: Any, t2: Array, w2: Any, first: Assign, second: Assign):
+    """Targets and weights of one column of `first` followed by one of `second`."""
+    axis = len(first.batch)
+    alive = t1 < first.k
+    if first.valid is not None:
+        alive &= gather(first.valid, jnp.minimum(t1, first.k - 1), axis=axis)
+    via = jnp.minimum(t1, first.k - 1)
+    target = jnp.where(alive, gather(t2, via, axis=axis), second.k)
+    weight = jnp.ones(t1.shape) if w1 is None else w1
+    return target, weight if w2 is None else weight * gather(w2, via, axis=axis)
+
+
+def follow(source: Int[Array, "*B S"], map_: TokenMap) -> Int[Array, "*B S"]:
+    """`source` after one more map: original -> where it is now, -1 = gone."""
+    where = gather(map_.source, jnp.maximum(source, 0), axis=len(map_.batch))
+    return jnp.where(source < 0, -1, where)
+
+
+def fold(x: Tree, groups: int, *, axis: int = 1) -> Tree:
+    """A token axis split into a leading axis of `groups` and the tokens of each: windows, crops,
+    frames. `unfold` undoes it. Static: groups.
+
+    Raises:
+      ValueError: the token count is not a multiple of `groups`.
+    """
+
+    def one(a: Array) -> Array:
+        n = a.shape[axis]
+        if n % groups:
+            raise ValueError(f"fold: {n} tokens do not divide into {groups} groups; pad them first.")
+        return a.reshape((*a.shape[:axis], groups, n // groups, *a.shape[axis + 1 :]))
+
+    return jax.tree.map(one, x)
+
+
+def unfold(x: Tree, *, axis: int = 1) -> Tree:
+    """Axes `axis` and `axis + 1` (groups, tokens) joined into one token axis again."""
+
+    def one(a: Array) -> Array:
+        return a.reshape((*a.shape[:axis], a.shape[axis] * a.shape[axis + 1], *a.shape[axis + 2 :]))
+
+    return jax.tree.map(one, x)
+
+
+def window_order(grid: tuple[int, int], window: tuple[int, int]) -> Int[Array, " N"]:
+    """The raster index of every token of an h x w grid, window after window: a Keep index that
+    makes `fold` by windows right. Static arguments.
+
+    Raises:
+      ValueError: the grid is not a multiple of the window.
+    """
+    (h, w), (a, b) = grid, window
+    if h % a or w % b:
+        raise ValueError(f"window_order: window {window} does not divide grid {grid}; change one.")
+    raster = jnp.arange(h * w, dtype=jnp.int32).reshape(h // a, a, w // b, b)
+    return raster.transpose(0, 2, 1, 3).reshape(-1)
+

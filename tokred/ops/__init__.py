@@ -1,0 +1,25 @@
+"""The hardware layer: every operation has `implementation=` and a plain reference.
+
+None picks the measured best for the platform; a name that a platform cannot run raises.
+"""
+
+from tokred.ops.attention import (
+    attention,
+    attention_column_mean,
+    attention_probs,
+    attention_rows,
+)
+from tokred.ops.gather import gather
+from tokred.ops.segment import segment_max, segment_sum
+from tokred.ops.topk import top_k
+
+__all__ = [
+    "attention",
+    "attention_column_mean",
+    "attention_probs",
+    "attention_rows",
+    "gather",
+    "segment_max",
+    "segment_sum",
+    "top_k",
+]

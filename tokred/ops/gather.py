@@ -1,0 +1,57 @@
+"""Rows by index along one axis, per example."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+from tokred.ops.dispatch import choose
+
+
+def aligned(index: Array, ndim: int, axis: int) -> Array:
+    """`index` [*I K] with unit axes added, so that K lies at `axis` of an `ndim`-d array."""
+    lead = axis - (index.ndim - 1)
+    if lead < 0:
+        raise ValueError(
+            f"a map with {index.ndim - 1} leading axes cannot act on token axis {axis}; "
+            "give the array as many axes before its token axis as the map has."
+        )
+    return index.reshape((1,) * lead + index.shape + (1,) * (ndim - axis - 1))
+
+
+def gather(
+    x: Shaped[Array, "..."],
+    index: Int[Array, "*I K"],
+    *,
+    axis: int,
+    implementation: str | None = None,
+) -> Shaped[Array, "..."]:
+    """`x` at `index` along `axis`; the axes of `index` align with those just before `axis`.
+
+    Shapes: x [*L N *T], index [*I K] with *I broadcasting to the end of *L; result [*L K *T].
+    Gradient: to `x`, a scatter-add ('take') or a product ('one_hot', floats only).
+    """
+    table = {"take": _take, "one_hot": _one_hot, "reference": _reference}
+    return choose("gather", implementation, table, "take")(x, index, axis)
+
+
+def _take(x: Array, index: Array, axis: int) -> Array:
+    # Stays local on a sharded batch; fancy indexing with arange(B) does not.
+    return jnp.take_along_axis(x, aligned(index, x.ndim, axis), axis=axis, mode="clip")
+
+
+def _one_hot(x: Array, index: Array, axis: int) -> Array:
+    n = x.shape[axis]
+    rows = jnp.moveaxis(x, axis, -1)  # [*L *T N]
+    tail = x.ndim - axis - 1
+    hot = jax.nn.one_hot(index, n, dtype=x.dtype)  # [*I K N]
+    hot = hot.reshape((1,) * (axis - index.ndim + 1) + index.shape[:-1] + (1,) * tail + hot.shape[-2:])
+    return jnp.moveaxis(jnp.einsum("...n,...kn->...k", rows, hot), -1, axis)
+
+
+def _reference(x: Array, index: Array, axis: int) -> Array:
+    lead = x.shape[:axis]
+    index = jnp.broadcast_to(index, (*lead, index.shape[-1]))
+    pick = lambda rows, i: rows[i]  # noqa: E731
+    for _ in lead:
+        pick = jax.vmap(pick)
+    return pick(x, index)

@@ -1,0 +1,92 @@
+"""Sums and maxima of rows by target, per example."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+from tokred.ops.dispatch import choose
+
+
+def segment_sum(
+    x: Shaped[Array, "..."],
+    target: Int[Array, "*I N"],
+    k: int,
+    *,
+    axis: int,
+    implementation: str | None = None,
+) -> Shaped[Array, "..."]:
+    """Rows of `x` added up by `target`; target value `k` means nobody.
+
+    Shapes: x [*L N *T], target [*I N] with *I broadcasting to the end of *L; result [*L k *T].
+    Static: k. Gradient: to `x`.
+    """
+    table = {"scatter": _scatter_sum, "one_hot": _one_hot_sum, "reference": _one_hot_sum}
+    default = "one_hot" if jax.default_backend() == "tpu" else "scatter"
+    return choose("segment_sum", implementation, table, default)(x, target, k, axis)
+
+
+def segment_max(
+    x: Shaped[Array, "..."],
+    target: Int[Array, "*I N"],
+    k: int,
+    *,
+    axis: int,
+    implementation: str | None = None,
+) -> Shaped[Array, "..."]:
+    """Elementwise maximum of rows of `x` by `target`; a row nobody targets is 0.
+
+    Shapes and static arguments as `segment_sum`. Gradient: to the maximal entries.
+    """
+    table = {"scatter": _scatter_max, "reference": _dense_max}
+    return choose("segment_max", implementation, table, "scatter")(x, target, k, axis)
+
+
+def _per_example(f: Callable, x: Array, target: Array, axis: int) -> Array:
+    # Nested vmap keeps a sharded batch local; merging leading axes would gather it.
+    lead = x.shape[:axis]
+    target = jnp.broadcast_to(target, (*lead, target.shape[-1]))
+    for _ in lead:
+        f = jax.vmap(f)
+    return f(x, target)
+
+
+def _scatter_sum(x: Array, target: Array, k: int, axis: int) -> Array:
+    def one(rows: Array, t: Array) -> Array:
+        return jnp.zeros((k, *rows.shape[1:]), rows.dtype).at[t].add(rows, mode="drop")
+
+    return _per_example(one, x, target, axis)
+
+
+def _one_hot_sum(x: Array, target: Array, k: int, axis: int) -> Array:
+    def one(rows: Array, t: Array) -> Array:
+        return jnp.tensordot(jax.nn.one_hot(t, k, dtype=rows.dtype), rows, ((0,), (0,)))
+
+    return _per_example(one, x, target, axis)
+
+
+def _lowest(dtype: jnp.dtype) -> Array:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.array(-jnp.inf, dtype)
+    return jnp.array(False) if dtype == bool else jnp.array(jnp.iinfo(dtype).min, dtype)
+
+
+def _scatter_max(x: Array, target: Array, k: int, axis: int) -> Array:
+    def one(rows: Array, t: Array) -> Array:
+        low = jnp.full((k, *rows.shape[1:]), _lowest(rows.dtype))
+        hit = jnp.zeros((k,), bool).at[t].set(True, mode="drop")
+        top = low.at[t].max(rows, mode="drop")
+        return jnp.where(hit.reshape((k,) + (1,) * (rows.ndim - 1)), top, jnp.zeros_like(top))
+
+    return _per_example(one, x, target, axis)
+
+
+def _dense_max(x: Array, target: Array, k: int, axis: int) -> Array:
+    def one(rows: Array, t: Array) -> Array:
+        member = t[None] == jnp.arange(k)[:, None]  # [k N]
+        wide = member.reshape((*member.shape,) + (1,) * (rows.ndim - 1))
+        top = jnp.max(jnp.where(wide, rows[None], _lowest(rows.dtype)), axis=1)
+        return jnp.where(wide.any(1), top, jnp.zeros_like(top))
+
+    return _per_example(one, x, target, axis)

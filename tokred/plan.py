@@ -1,0 +1,379 @@
+"""What acts where: sites, reductions, plans, and the report of a run.
+
+Models take a Plan and know no method; methods know tokens, evidence and maps, and know no model.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from jaxtyping import Array, PRNGKeyArray
+
+from tokred.maps import Keep, TokenMap
+from tokred.tokens import Tokens, move
+
+LAYER_SITES = (
+    "before", "keys", "inside", "mid", "after", "around", "around_attention", "around_mlp"
+)  # fmt: skip
+MODEL_SITES = ("input", "output", "cache", "step", "loss")
+EVIDENCE = ("rows", "column_mean", "probs", "keys", "values", "qkv", "input", "hidden")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for error sentences, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a model: a kind of `LAYER_SITES` with its layer, or one of `MODEL_SITES`."""
+
+    kind: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAYER_SITES + MODEL_SITES:
+            raise ValueError(
+                f"Site: kind={self.kind!r} is no site{nearest(self.kind, LAYER_SITES + MODEL_SITES)}"
+            )
+        if (self.kind in LAYER_SITES) != (self.layer is not None):
+            raise ValueError(f"Site {self.kind!r}: layer={self.layer}; only layer sites take a layer.")
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}_{self.layer}"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Evidence by name. All but 'probs' are per-token arrays [*B N ...].
+
+    kind: 'rows' attention of chosen queries, their own softmax · 'column_mean' attention received
+    · 'probs' all of [*B H N N], paid visibly · 'keys', 'values', 'qkv' projections · 'input' the
+    layer's input · 'hidden' the current features.
+    rows: 'cls' | 'last' | the name of a query mask in `Tokens.extra`.
+    heads: 'mean' | 'all' (then a head axis follows the token axis).
+    layer: 0 this layer · -d stored d layers ago and moved since · +d a later layer's projections
+    of the current tokens.
+    """
+
+    kind: str
+    rows: str = "cls"
+    heads: str = "mean"
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in EVIDENCE:
+            raise ValueError(f"Ask: kind={self.kind!r} is no evidence{nearest(self.kind, EVIDENCE)}")
+        if self.heads not in ("mean", "all"):
+            raise ValueError(f"Ask: heads={self.heads!r} must be 'mean' or 'all'.")
+
+    @property
+    def name(self) -> str:
+        rows = f"_{self.rows}" if self.kind == "rows" else ""
+        heads = "" if self.heads == "mean" else f"_{self.heads}"
+        layer = f"@{self.layer:+d}" if self.layer else ""
+        return f"{self.kind}{rows}{heads}{layer}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a plan may know of a model, all static: tokens includes the prefix."""
+
+    depth: int
+    tokens: int
+    prefix: int
+    grid: tuple[int, int]
+    class_token: bool
+    width: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Base of all methods: frozen hyper-parameters and a selection.
+
+    A training-free method defines `counts` and `select`; `move` only where features do not go
+    the default way. A learned one also defines `build` and `__call__` with its two twins.
+    """
+
+    asks: ClassVar[tuple[Ask, ...]] = ()
+
+    def counts(self, n: int, prefix: int) -> int:
+        """Tokens out for `n` tokens in, prefix included in both."""
+        raise NotImplementedError
+
+    def select(
+        self, tokens: Tokens, evidence: Mapping[str, Array], *, key: PRNGKeyArray | None
+    ) -> TokenMap:
+        """The map from N to counts(N) tokens."""
+        raise NotImplementedError
+
+    def move(self, tokens: Tokens, map_: TokenMap, evidence: Mapping[str, Array]) -> Tokens:
+        """All of `tokens` through the map."""
+        return move(tokens, map_)
+
+    def init(self) -> Any:
+        """Running state at step 0; None for most."""
+        return None
+
+    def build(self, width: int, heads: int, rngs: Any) -> Any:
+        """The module with this reduction's parameters; None if it learns nothing."""
+        return None
+
+    def macs(self, n: int, layout: Layout) -> int:
+        """Multiply-accumulates of the reduction itself, per example."""
+        return 0
+
+    def expected_count(self, n: Array | float, prefix: int, aux: Mapping[str, Array]) -> Array | float:
+        """The soft twin's count after this site, differentiable where the rate is learned."""
+        return self.counts(int(n), prefix)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        evidence: Mapping[str, Array],
+        state: Any = None,
+        *,
+        module: Any = None,
+        key: PRNGKeyArray | None = None,
+        train: bool = False,
+        twin: str = "packed",
+    ) -> tuple[Tokens, TokenMap | None, Any, dict[str, Array]]:
+        """(tokens, map or None for the identity, state, auxiliary outputs).
+
+        Nothing removed returns the input itself.
+        """
+        if self.counts(tokens.n, tokens.prefix) == tokens.n:
+            return tokens, None, state, {}
+        map_ = self.select(tokens, evidence, key=key)
+        return self.move(tokens, map_, evidence), map_, state, {}
+
+
+class LayerCount(NamedTuple):
+    """Token counts in one layer: at the queries, keys, MLP and after the layer."""
+
+    queries: int
+    keys: int
+    mlp: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen and hashable: (site, reduction) pairs in the order of action, and a twin.
+
+    twin: 'packed' (tokens leave) or 'soft' (tokens stay, gates act; learned reductions only).
+    """
+
+    steps: tuple[tuple[Site, Reduction], ...] = ()
+    twin: str = "packed"
+    name: str = "dense"
+
+    def __post_init__(self) -> None:
+        if self.twin not in ("packed", "soft"):
+            raise ValueError(f"Plan: twin={self.twin!r} must be 'packed' or 'soft'.")
+
+    def at(self, kind: str, layer: int | None = None) -> tuple[tuple[Site, Reduction], ...]:
+        return tuple(step for step in self.steps if step[0] == Site(kind, layer))
+
+    def touches(self, layer: int) -> bool:
+        """Whether anything happens at, or is stored by, this layer."""
+        return any(site.layer == layer for site, _ in self.steps) or bool(self.stored_at(layer))
+
+    def stored_at(self, layer: int) -> tuple[Ask, ...]:
+        """Evidence of this layer that later layers ask for."""
+        asks = {
+            ask
+            for site, reduction in self.steps
+            for ask in reduction.asks
+            if ask.layer < 0 and site.layer is not None and site.layer + ask.layer == layer
+        }
+        return tuple(sorted(asks, key=lambda ask: ask.name))
+
+    def with_twin(self, twin: str) -> "Plan":
+        return dataclasses.replace(self, twin=twin)
+
+    def build(self, layout: Layout, rngs: Any) -> dict[str, Any]:
+        """Modules of the learned reductions, by site name."""
+        built = {s.name: r.build(layout.width, layout.heads, rngs) for s, r in self.steps}
+        return {name: module for name, module in built.items() if module is not None}
+
+    def counts(self, layout: Layout) -> tuple[LayerCount, ...]:
+        """Token counts per layer, checked against the model.
+
+        Raises:
+          ValueError: a layer that the model lacks, a count that is 0 or exceeds what is left, or
+            evidence that the model cannot give.
+        """
+        self.check(layout)
+        n = self._after("input", None, layout.tokens, layout)
+        rows = []
+        for layer in range(layout.depth):
+            rows.append(self._layer_count(layer, n, layout))
+            n = rows[-1].out
+        return tuple(rows)
+
+    def check(self, layout: Layout) -> None:
+        """Raises what `counts` raises for layers and evidence."""
+        for site, reduction in self.steps:
+            if site.layer is not None and not 0 <= site.layer < layout.depth:
+                raise ValueError(
+                    f"Plan {self.name!r}: site {site.name} lies outside a model of {layout.depth} "
+                    f"layers; shorten the schedule to layers 0..{layout.depth - 1}."
+                )
+            if any(a.kind == "rows" and a.rows == "cls" for a in reduction.asks):
+                require_class_token(self.name, layout)
+
+    def _layer_count(self, layer: int, n: int, layout: Layout) -> LayerCount:
+        n = self._after("before", layer, n, layout)
+        inner = self._after("around", layer, n, layout)
+        attended = self._after("around_attention", layer, inner, layout)
+        keys = self._after("keys", layer, attended, layout)
+        queries = self._after("inside", layer, attended, layout)
+        # Around a branch all tokens come back; inside it, only those that were kept.
+        body = inner if attended != inner else queries
+        middle = self._after("mid", layer, body, layout)
+        mlp = self._after("around_mlp", layer, middle, layout)
+        out = n if inner != n else self._after("after", layer, middle, layout)
+        return LayerCount(queries, keys, mlp, out)
+
+    def _after(self, kind: str, layer: int | None, n: int, layout: Layout) -> int:
+        for site, reduction in self.at(kind, layer):
+            k = reduction.counts(n, layout.prefix)
+            if not layout.prefix < k <= n:
+                raise ValueError(
+                    f"Plan {self.name!r}: {type(reduction).__name__} at {site.name} would leave "
+                    f"{k} of {n} tokens ({layout.prefix} protected); give it a count in "
+                    f"[{layout.prefix + 1}, {n}]."
+                )
+            n = n if self.twin == "soft" and reduction.has_soft() else k
+        return n
+
+
+def require_class_token(name: str, layout: Layout) -> None:
+    """Raises ValueError where a method reads the class token and the model has none."""
+    if not layout.class_token:
+        raise ValueError(
+            f"{name}: needs a class token, which this model lacks; set class_token=True or choose a "
+            "method without that need (see `python -m tokred methods`)."
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass hands to reductions: modules and states by site name, a key, a mode."""
+
+    modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    key: PRNGKeyArray | None = None
+    train: bool = False
+
+
+class Record(NamedTuple):
+    """What happened at one site."""
+
+    site: str
+    map: TokenMap | None
+    state: Any
+    aux: dict[str, Array]
+    evidence: dict[str, Array]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "maps", "sources", "aux", "states", "evidence"],
+    meta_fields=["counts"],
+)
+@dataclass(frozen=True)
+class Report:
+    """What a run did; what nobody reads costs nothing under jit.
+
+    tokens: the last Tokens · maps, aux (rates, losses, overflow), states, evidence: by site name
+    · sources: Int[*B S] at every layer's input to attention · counts: static, per layer.
+    """
+
+    tokens: Any
+    maps: Any
+    sources: Any
+    aux: Any
+    states: Any
+    evidence: Any
+    counts: tuple[LayerCount, ...] = ()
+
+    @property
+    def losses(self) -> dict[str, Array]:
+        """Auxiliary losses by 'site/name': entries of aux that start with 'loss'."""
+        return {
+            f"{site}/{name}": value
+            for site, aux in self.aux.items()
+            for name, value in aux.items()
+            if name.startswith("loss")
+        }
+
+
+def make_report(
+    tokens: Tokens, records: Sequence[Record], sources: Sequence[Array], counts: tuple
+) -> Report:
+    """The Report of the records of a forward pass."""
+    return Report(
+        tokens=tokens,
+        maps={r.site: r.map for r in records if r.map is not None},
+        sources=tuple(sources),
+        aux={r.site: r.aux for r in records if r.aux},
+        states={r.site: r.state for r in records if r.state is not None},
+        evidence={r.site: r.evidence for r in records if r.evidence},
+        counts=counts,
+    )
+
+
+def reduce_at(
+    plan: Plan,
+    site: Site,
+    tokens: Tokens,
+    provide: Callable[[Ask], Array],
+    call: Call,
+) -> tuple[Tokens, tuple[Record, ...]]:
+    """Every reduction of `plan` at `site`, in order; later ones see evidence moved by earlier maps.
+
+    provide: the array of an Ask for the tokens as they are at this site.
+    """
+    steps = plan.at(site.kind, site.layer)
+    evidence = {ask.name: provide(ask) for _, reduction in steps for ask in reduction.asks}
+    records = []
+    for step, (_, reduction) in enumerate(steps):
+        mine = {ask.name: evidence[ask.name] for ask in reduction.asks}
+        tokens, map_, state, aux = reduction(
+            tokens,
+            mine,
+            call.states.get(site.name),
+            module=_module(reduction, site, call),
+            key=_key(plan, steps[step], call),
+            train=call.train,
+            twin=plan.twin,
+        )
+        if map_ is not None and step + 1 < len(steps):
+            evidence = {name: _moved(name, value, map_) for name, value in evidence.items()}
+        records.append(Record(site.name, map_, state, aux, mine))
+    return tokens, tuple(records)
+
+
+def _module(reduction: Reduction, site: Site, call: Call) -> Any:
+    if type(reduction).build is Reduction.build:
+        return None
+    return call.modules.get(site.name)
+
+
+def _key(plan: Plan, step: tuple[Site, Reduction], call: Call) -> PRNGKeyArray | None:
+    return None if call.key is None else jax.random.fold_in(call.key, plan.steps.index(step))
+
+
+def _moved(name: str, value: Array, map_: TokenMap) -> Array:
+    if name.startswith("probs"):
+        raise ValueError("Plan: two reductions at one site cannot share 'probs'; use two sites.")
+    return map_.apply(value, "keep" if isinstance(map_, Keep) else "mean")

@@ -1,0 +1,294 @@
+"""Selection: scores or features to a TokenMap. Counts are Python ints.
+
+All functions protect the first `prefix` tokens, which stay in front in their order, take `valid`,
+and stop the gradient: it flows through what a map moves, never through the choice.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tokred.maps import Assign, Keep
+from tokred.ops import gather, top_k
+from tokred.ops.gather import aligned
+from tokred.score import cosine, mask_scores
+
+PROTECTED = -jnp.inf
+ABSENT = -1e30  # an invalid token: leaves before any protected one, after every real match
+
+
+def _check_count(what: str, k: int, n: int, prefix: int) -> None:
+    if not 0 < k <= n - prefix:
+        raise ValueError(
+            f"{what}: k={k} must lie in [1, {n - prefix}] (N={n} tokens, prefix={prefix}); change k."
+        )
+
+
+def keep_top_k(
+    scores: Float[Array, "*B N"],
+    k: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+    order: str = "score",
+) -> Keep:
+    """The prefix and the `k` best of the rest, by descending score or in their old order.
+
+    order: 'score' | 'position'. With fewer than k valid tokens the surplus slots are invalid.
+    """
+    n = scores.shape[-1]
+    _check_count("keep_top_k", k, n, prefix)
+    scores = mask_scores(scores, valid)[..., prefix:]
+    index = top_k(scores, k)[1] + prefix
+    if order == "position":
+        index = jnp.sort(index, axis=-1)
+    elif order != "score":
+        raise ValueError(f"keep_top_k: order={order!r} must be 'score' or 'position'.")
+    return _with_prefix(index, prefix, n, valid)
+
+
+def _with_prefix(index: Array, prefix: int, n: int, valid: Array | None) -> Keep:
+    front = _rows(range(prefix), index.shape[:-1])
+    index = jnp.concatenate([front, index.astype(jnp.int32)], axis=-1)
+    kept = None if valid is None else gather(valid, index, axis=valid.ndim - 1)
+    return Keep(index, n, kept)
+
+
+def keep_above(
+    scores: Float[Array, "*B N"],
+    threshold: float,
+    capacity: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> tuple[Keep, Array]:
+    """Tokens with score > threshold, at most `capacity` of them (the best), at least one.
+
+    A data-dependent count in static slots: returns (Keep with `valid`, overflow [*B] = how many
+    passed the threshold and found no slot).
+    """
+    map_ = keep_top_k(scores, capacity, prefix=prefix, valid=valid)
+    scores = mask_scores(scores, valid)
+    passed = (scores > threshold)[..., prefix:].sum(-1)
+    chosen = gather(scores, map_.index, axis=scores.ndim - 1) > threshold
+    always = _row(jnp.arange(prefix + capacity) <= prefix, scores.ndim)
+    fits = chosen | always
+    alive = fits if map_.valid is None else fits & map_.valid
+    return Keep(map_.index, map_.n, alive), jnp.maximum(passed - capacity, 0)
+
+
+def rank_tokens(
+    scores: Float[Array, "*B N"], *, prefix: int = 0, valid: Bool[Array, "*B N"] | None = None
+) -> Keep:
+    """All tokens by descending score, the prefix first: a permutation."""
+    return keep_top_k(scores, scores.shape[-1] - prefix, prefix=prefix, valid=valid)
+
+
+def keep_static(index: Sequence[int], n: int, batch: tuple[int, ...], *, prefix: int = 0) -> Keep:
+    """The prefix and the same `index` (counted from the first token) for every example."""
+    return _with_prefix(_rows(index, batch), prefix, n, None)
+
+
+def _rows(index: Sequence[int] | np.ndarray, batch: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(jnp.asarray(index, jnp.int32), (*batch, len(index)))
+
+
+def _row(a: Array, ndim: int) -> Array:
+    """[N] with leading unit axes: rank promotion stays explicit."""
+    return aligned(a, ndim, ndim - 1)
+
+
+def grid_cells(grid: tuple[int, int], cells: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A grid cut into near-equal cells: (cell of every raster position, centre of every cell).
+
+    Static. Raises ValueError where a side has fewer positions than cells.
+    """
+    (h, w), (a, b) = grid, cells
+    if not (0 < a <= h and 0 < b <= w):
+        raise ValueError(f"grid_cells: cells={cells} must lie within grid={grid}; use fewer cells.")
+    rows, cols = np.arange(h) * a // h, np.arange(w) * b // w
+    middle = lambda ids, count: np.array([np.flatnonzero(ids == i).mean() for i in range(count)])  # noqa: E731
+    centre = np.floor(middle(rows, a))[:, None] * w + np.floor(middle(cols, b))[None]
+    return (rows[:, None] * b + cols[None]).reshape(-1), centre.reshape(-1).astype(np.int32)
+
+
+def pool_cells(
+    grid: tuple[int, int], cells: tuple[int, int], batch: tuple[int, ...], *, prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:  # fmt: skip
+    """Average pooling: every grid cell becomes one token, its centre the representative."""
+    target, centre = grid_cells(grid, cells)
+    front = np.arange(prefix)
+    target = _rows(np.concatenate([front, target + prefix]), batch)
+    index = _rows(np.concatenate([front, centre + prefix]), batch)
+    return merge_into(target, prefix + cells[0] * cells[1], index, valid)
+
+
+def merge_into(target: Array, k: int, index: Array, valid: Array | None) -> Assign:
+    """An Assign whose invalid members weigh nothing; a group is valid if any member is."""
+    if valid is None:
+        return Assign(target, k, index=index)
+    plain = Assign(target, k)
+    return Assign(target, k, valid.astype(jnp.float32), index, plain.apply(valid, "max"))
+
+
+def match_bipartite(
+    metric: Float[Array, "*B N E"],
+    r: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:
+    """ToMe: `r` tokens at even positions merge into their most similar ones at odd positions.
+
+    r is clipped to (N - prefix) // 2. Output order: prefix, unmerged even tokens (ascending; by
+    descending similarity if prefix is 0), odd tokens. Cosine similarity in float32.
+    Source: Bolya et al. 2023, facebookresearch/ToMe `bipartite_soft_matching`.
+    """
+    n = metric.shape[-2]
+    r = min(r, (n - prefix) // 2)
+    even, odd = np.arange(0, n, 2), np.arange(1, n, 2)
+    metric = jax.lax.stop_gradient(metric)
+    similar = cosine(metric[..., even, :], metric[..., odd, :])
+    similar = _hide(similar, even, odd, prefix, valid)
+    best, partner = similar.max(-1), similar.argmax(-1)
+    edges = top_k(best, best.shape[-1])[1]  # all even tokens, most similar first
+    source, unmerged = edges[..., :r], edges[..., r:]
+    if prefix:
+        unmerged = jnp.sort(unmerged, axis=-1)
+    destination = gather(partner, source, axis=partner.ndim - 1) * 2 + 1
+    stay = jnp.concatenate([unmerged * 2, _rows(odd, best.shape[:-1])], -1)
+    return _merge_pairs(source * 2, destination, stay, n, prefix, valid)
+
+
+def _hide(similar: Array, a: np.ndarray, b: np.ndarray, prefix: int, valid: Array | None) -> Array:
+    """Scores of pairs (a, b) with absent tokens last and protected ones impossible."""
+    if valid is not None:
+        both = valid[..., a][..., :, None] & valid[..., b][..., None, :]
+        # A valid token may move to an absent slot (nothing is lost), an absent one anywhere.
+        similar = jnp.where(both, similar, ABSENT * jnp.where(valid[..., a], 2.0, 1.0)[..., None])
+    protected = (a < prefix)[:, None] | (b < prefix)[None, :]
+    protected = protected.reshape((1,) * (similar.ndim - 2) + protected.shape)
+    return jnp.where(protected, PROTECTED, similar)
+
+
+def _merge_pairs(
+    source: Array, destination: Array, stay: Array, n: int, prefix: int, valid: Array | None
+) -> Assign:
+    """Tokens `source` [*B r] join `destination` [*B r]; `stay` [*B K] gives the output order,
+    in which the prefix is then brought to the front."""
+    if prefix:
+        front = _rows(range(prefix), stay.shape[:-1])
+        late = jnp.argsort(stay < prefix, axis=-1, stable=True)[..., : stay.shape[-1] - prefix]
+        stay = jnp.concatenate([front, jnp.take_along_axis(stay, late, axis=-1)], axis=-1)
+    k = stay.shape[-1]
+    slot = Keep(stay, n).source  # [*B N], -1 for sources and dropped tokens
+    axis = slot.ndim - 1
+    goes = gather(slot, destination, axis=axis)
+    joined = Keep(source, n).restore(goes, fill=-1) if source.shape[-1] else jnp.full_like(slot, -1)
+    target = jnp.maximum(slot, joined)
+    return merge_into(jnp.where(target < 0, k, target), k, stay, valid)
+
+
+def match_kth(
+    metric: Float[Array, "*B N E"],
+    every: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:
+    """ToMe's k-th variant: of each `every` consecutive tokens the last stays, the others merge
+    into the most similar one that stays; the (N - prefix) mod `every` trailing tokens vanish.
+
+    Source: facebookresearch/ToMe `kth_bipartite_soft_matching`.
+    """
+    n = metric.shape[-2]
+    full = (n - prefix) // every * every
+    _check_count("match_kth", full // every, n, prefix)
+    body = np.arange(prefix, prefix + full).reshape(-1, every)
+    leave, last = body[:, :-1].reshape(-1), body[:, -1]
+    metric = jax.lax.stop_gradient(metric)
+    similar = cosine(metric[..., leave, :], metric[..., last, :])
+    partner = _hide(similar, leave, last, prefix, valid).argmax(-1)
+    batch = metric.shape[:-2]
+    stay = _rows(np.concatenate([np.arange(prefix), last]), batch)
+    destination = partner * every + prefix + every - 1
+    return _merge_pairs(_rows(leave, batch), destination, stay, n, prefix, valid)
+
+
+def match_random(
+    metric: Float[Array, "*B N E"],
+    r: int,
+    draws: Float[Array, "*B N"],
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:
+    """ToMe's random variant: the `r` tokens with the smallest `draws` merge into the most similar
+    of the rest, which keep the order of their draws.
+
+    Source: facebookresearch/ToMe `random_bipartite_soft_matching`.
+    """
+    n = metric.shape[-2]
+    _check_count("match_random", n - prefix - r, n, prefix)
+    draws = jnp.where(_row(jnp.arange(n) < prefix, draws.ndim), jnp.inf, draws)
+    alive = jnp.ones(draws.shape, bool) if valid is None else valid
+    draws = jnp.where(alive, draws, 2.0)  # absent tokens stay, so that r real ones merge
+    order = jnp.argsort(draws, axis=-1, stable=True).astype(jnp.int32)
+    source, stay = order[..., :r], order[..., r:]
+    metric = jax.lax.stop_gradient(metric)
+    axis = metric.ndim - 2
+    rows = lambda index: gather(metric, index, axis=axis)  # noqa: E731
+    similar = cosine(rows(source), rows(stay))
+    hidden = (stay < prefix) | ~gather(alive, stay, axis=axis - 1)
+    similar = jnp.where(hidden[..., None, :], PROTECTED, similar)
+    destination = gather(stay, similar.argmax(-1), axis=axis - 1)
+    return _merge_pairs(source, destination, stay, n, prefix, valid)
+
+
+def merge_to_nearest(
+    x: Float[Array, "*B N D"],
+    k: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> tuple[Assign, Float[Array, "*B N"]]:
+    """Tokens sorted by importance: those from slot `k` on join the most similar of the first `k`.
+
+    Returns the map and, per token, the best cosine similarity (1 for the tokens that stay).
+    k counts the prefix. Source: Chen et al. 2023, OpenGVLab/DiffRate `get_merge_func`.
+    """
+    n = x.shape[-2]
+    _check_count("merge_to_nearest", k - prefix, n, prefix)
+    best, partner = nearest_kept(x, k, prefix=prefix, valid=valid)
+    slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape[:-1])
+    stays = slots < k
+    index = slots[..., :k]
+    map_ = merge_into(jnp.where(stays, slots, partner), k, index, valid)
+    return map_, jnp.where(stays, 1.0, best)
+
+
+def nearest_kept(
+    x: Float[Array, "*B N D"], k: int | Array, *, prefix: int = 0, valid: Array | None = None
+) -> tuple[Float[Array, "*B N"], Array]:
+    """Best cosine similarity of every token to the slots [prefix, k), and which slot it is.
+
+    `k` may be traced (the soft twin): then all N x N pairs are compared.
+    """
+    x = jax.lax.stop_gradient(x)
+    among = x[..., :k, :] if isinstance(k, int) else x
+    similar = cosine(x, among)
+    slot = jnp.arange(among.shape[-2])
+    allowed = _row((slot >= prefix) & (slot < k), similar.ndim)
+    if valid is not None:
+        allowed = allowed & valid[..., None, : among.shape[-2]]
+    similar = jnp.where(allowed, similar, PROTECTED)
+    best, partner = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
+    if valid is None:
+        return best, partner
+    # Nowhere to go: the first kept slot takes the token in.
+    nowhere = jnp.isneginf(best)
+    return jnp.where(nowhere, 0.0, best), jnp.where(nowhere, prefix, partner)
