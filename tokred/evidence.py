@@ -39,6 +39,9 @@ def provide(ask: Ask, seen: Seen) -> Array:
     Shapes: 'rows', 'column_mean' [*B N] (heads='all': [*B N H], rows only) · 'keys', 'values'
     [*B N E] or [*B N H E] · 'qkv' [*B N 3 H E] · 'input' [*B N D] · 'probs' [*B H N N].
     Gradient: flows; selections stop it.
+
+    Raises:
+      ValueError: rows that are not there, or single heads of a mean over queries.
     """
     makers = {
         "rows": _rows,
@@ -59,7 +62,7 @@ def _heads(x: Array, ask: Ask) -> Array:
 
 def _rows(ask: Ask, seen: Seen) -> Array:
     if ask.rows in seen.tokens.extra:
-        return _masked_rows(ask, seen)
+        return _mean_over(seen.tokens.extra[ask.rows] > 0, ask, seen)
     if ask.rows not in ("cls", "last"):
         raise ValueError(
             f"Ask: rows={ask.rows!r} must be 'cls', 'last' or the name of a mask in Tokens.extra "
@@ -86,20 +89,17 @@ def _last_query(seen: Seen) -> Array:
     return gather(seen.q, last, axis=valid.ndim - 1)
 
 
-def _masked_rows(ask: Ask, seen: Seen) -> Array:
-    arguments = seen.softmax_arguments()
-    if arguments.pop("policy") is not None:
-        raise ValueError(f"Ask: rows={ask.rows!r} and a policy do not go together; use rows='cls'.")
-    arguments.pop("policy_eps")
-    mask = seen.tokens.extra[ask.rows] > 0
-    return attention_column_mean(seen.q, seen.k, query_valid=mask, **arguments)
-
-
 def _column_mean(ask: Ask, seen: Seen) -> Array:
-    arguments = seen.softmax_arguments()
-    if arguments.pop("policy") is not None:
-        return attention_probs(seen.q, seen.k, **seen.softmax_arguments()).mean((-3, -2))
-    arguments.pop("policy_eps")
-    return attention_column_mean(
-        seen.q, seen.k, query_valid=seen.tokens.valid, **arguments
-    )
+    return _mean_over(None, ask, seen)
+
+
+def _mean_over(mask: Array | None, ask: Ask, seen: Seen) -> Array:
+    """Attention received from the valid queries of `mask`."""
+    if ask.heads != "mean":
+        raise ValueError(
+            f"Ask: heads={ask.heads!r} of {ask.name!r}, a mean over queries, is not kept; "
+            "use heads='mean'."
+        )
+    valid = seen.tokens.valid
+    chosen = mask if valid is None else valid if mask is None else mask & valid
+    return attention_column_mean(seen.q, seen.k, query_valid=chosen, **seen.softmax_arguments())

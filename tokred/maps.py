@@ -8,12 +8,13 @@ token axis; `lift` adds a leading axis of length 1. Nothing here has parameters 
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from tokred.ops import gather, segment_max, segment_sum
 from tokred.ops.gather import aligned
@@ -26,14 +27,10 @@ register = jax.tree_util.register_dataclass
 class _Map:
     """What the three maps share; a subclass brings its fields, `_apply`, `_target` and `dense`."""
 
-    valid: Any
+    batch: Any  # the leading axes *B
     n: Any
     k: Any
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The leading axes *B."""
-        raise NotImplementedError
+    valid: Any
 
     def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
         raise NotImplementedError
@@ -67,29 +64,30 @@ class _Map:
         Rows of invalid outputs are 0. Gradient: to x and weight.
 
         Raises:
-          ValueError: unknown `how`, a missing or needless `weight`, another token count.
+          ValueError: unknown `how`, a missing or needless `weight`, another token count or axis.
         """
-        how = self._how(how, weight)
-        axis = len(self.batch) if axis is None else axis
-        return jax.tree.map(lambda leaf: self._checked(leaf, how, weight, axis), x)
-
-    def _how(self, how: str | None, weight: Any) -> str:
-        how = ("keep" if isinstance(self, Keep) else "mean") if how is None else how
+        how = how or ("keep" if isinstance(self, Keep) else "mean")
         if how not in HOWS:
             raise ValueError(f"TokenMap.apply: how={how!r} is unknown; choose one of {HOWS}.")
         if (weight is not None) != how.startswith("weighted"):
             verb = "needs" if weight is None else "takes no"
             raise ValueError(f"TokenMap.apply: how={how!r} {verb} weight=; change one of the two.")
-        return how
+        return jax.tree.map(lambda leaf: self._moved(leaf, how, weight, axis), x)
 
-    def _checked(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
-        axis = axis % x.ndim
-        if x.shape[axis] != self.n:
-            raise ValueError(
-                f"TokenMap.apply: the map takes N={self.n} tokens, but axis {axis} of the array "
-                f"{x.shape} has {x.shape[axis]}; pass axis=, the token axis."
-            )
+    def _moved(self, x: Array, how: str, weight: Array | None, axis: int | None) -> Array:
+        axis = self._axis(x, axis, self.n)
         return self._masked(self._apply(x, how, weight, axis), axis)
+
+    def _axis(self, x: Array, axis: int | None, count: int) -> int:
+        """The token axis of `x`, from the front; it must hold `count` tokens."""
+        lead = len(self.batch)
+        axis = lead if axis is None else axis + x.ndim * (axis < 0)
+        if not (lead <= axis < x.ndim and x.shape[axis] == count):
+            raise ValueError(
+                f"TokenMap: a map with leading axes {self.batch} and {count} tokens does not fit "
+                f"token axis {axis} of the array {x.shape}; pass axis=, the token axis."
+            )
+        return axis
 
     def _masked(self, y: Array, axis: int) -> Array:
         if self.valid is None:
@@ -102,7 +100,7 @@ class _Map:
         fill: what a token gets that went nowhere: a number, or an array shaped like the result
         (Mixture-of-Depths is fill=x). Gradient: to y and fill.
         """
-        axis = (len(self.batch) if axis is None else axis) % y.ndim
+        axis = self._axis(y, axis, self.k)
         back = gather(y, jnp.maximum(self.source, 0), axis=axis)
         here = aligned(self.source, y.ndim, axis) >= 0
         return jnp.where(here, back, jnp.asarray(fill, y.dtype))
@@ -147,8 +145,8 @@ class Keep(_Map):
         return segment_sum(slots + 1, index, self.n, axis=len(self.batch)) - 1
 
     def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
-        if how == "weighted_sum":
-            x = x * aligned(weight, x.ndim, axis).astype(x.dtype)
+        if weight is not None and how == "weighted_sum":
+            x = _like(x.astype(jnp.float32) * aligned(weight, x.ndim, axis), x)
         return gather(x, self.index, axis=axis)
 
     def dense(self) -> Float[Array, "*B K N"]:
@@ -200,8 +198,10 @@ class Assign(_Map):
     def _columns(self) -> list[tuple[Array, Array | None]]:
         if not self.several:
             return [(self.target, self.weight)]
-        pick = lambda a, j: None if a is None else a[..., j]  # noqa: E731
-        return [(self.target[..., j], pick(self.weight, j)) for j in range(self.target.shape[-1])]
+        columns = lambda a: [a[..., j] for j in range(a.shape[-1])]  # noqa: E731
+        targets = columns(self.target)
+        weights = [None] * len(targets) if self.weight is None else columns(self.weight)
+        return list(zip(targets, weights, strict=True))
 
     def _sum(self, x: Array, weight: Array | None, axis: int) -> Array:
         """Float32 sums over members of x · map weight · `weight`."""
@@ -224,15 +224,13 @@ class Assign(_Map):
             ones = jnp.ones(x.shape[: axis + 1] + (1,) * (x.ndim - axis - 1), jnp.float32)
             mass = self._sum(ones, weight, axis)
             total = total / jnp.where(mass == 0, 1.0, mass)
-        whole = x.dtype != bool and how.endswith("sum")
-        return total.astype(x.dtype) if whole or jnp.issubdtype(x.dtype, jnp.floating) else total
+        count = how == "sum" and self.weight is None and x.dtype != jnp.bool_
+        return total.astype(x.dtype) if count else _like(total, x)
 
     def _max(self, x: Array, axis: int) -> Array:
-        tops = []
-        for target, own in self._columns():
-            alive = target if own is None else jnp.where(own > 0, target, self.k)
-            tops.append(segment_max(x, alive, self.k, axis=axis))
-        return functools.reduce(jnp.maximum, tops)
+        alive = [t if w is None else jnp.where(w > 0, t, self.k) for t, w in self._columns()]
+        rows = jnp.concatenate([x] * len(alive), axis)
+        return segment_max(rows, jnp.concatenate(alive, -1), self.k, axis=axis)
 
     def dense(self) -> Float[Array, "*B K N"]:
         """The matrix of 'sum': the reference for tests."""
@@ -290,7 +288,7 @@ class Mix(_Map):
         """
         if self.back is None:
             raise ValueError("Mix.restore: this map has no back= matrix; give it the one you mean.")
-        return _product(self.back, y, (len(self.batch) if axis is None else axis) % y.ndim)
+        return _product(self.back, y, self._axis(y, axis, self.k))
 
     def dense(self) -> Float[Array, "*B K N"]:
         """The matrix, rows of invalid outputs 0."""
@@ -300,16 +298,20 @@ class Mix(_Map):
 TokenMap = Keep | Assign | Mix
 
 
+def _like(y: Array, x: Array) -> Array:
+    """`y` in the type of `x`, but never rounded to integers."""
+    return y.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32)
+
+
 def _product(matrix: Array, x: Array, axis: int) -> Array:
     """matrix [*I K N] times x along `axis`, accumulated in float32."""
     lead = axis - (matrix.ndim - 2)
     tail = x.ndim - axis - 1
     rows = jnp.moveaxis(x, axis, -1)  # [*L *T N]
     shape = (1,) * lead + matrix.shape[:-2] + (1,) * tail + matrix.shape[-2:]
-    y = jnp.einsum(
-        "...kn,...n->...k", matrix.reshape(shape), rows, preferred_element_type=jnp.float32
-    )
-    return jnp.moveaxis(y, -1, axis).astype(x.dtype)
+    matrix = matrix.reshape(shape)
+    y = jnp.einsum("...kn,...n->...k", matrix, rows, preferred_element_type=jnp.float32)
+    return _like(jnp.moveaxis(y, -1, axis), x)
 
 
 def compose(first: TokenMap, second: TokenMap) -> TokenMap:
@@ -338,31 +340,26 @@ def _as_assign(map_: Keep | Assign) -> Assign:
 
 
 def _compose_assign(first: Assign, second: Assign) -> Assign:
-    pairs = [
-        _chain(t1, w1, t2, w2, first, second)
-        for t1, w1 in first._columns()
-        for t2, w2 in second._columns()
-    ]
-    target = jnp.stack([t for t, _ in pairs], -1)
-    weight = jnp.stack([w for _, w in pairs], -1)
+    columns = itertools.product(first._columns(), second._columns())
+    pairs = [_chain(*one, *two, first, second) for one, two in columns]
     index = None
     if first.index is not None and second.index is not None:
         index = gather(first.index, second.index, axis=len(first.batch))
-    if len(pairs) == 1:
-        return Assign(target[..., 0], second.k, weight[..., 0], index, second.valid)
-    return Assign(target, second.k, weight, index, second.valid, several=True)
+    several = len(pairs) > 1
+    target, weight = jax.tree.map(lambda *a: jnp.stack(a, -1), *pairs) if several else pairs[0]
+    return Assign(target, second.k, weight, index, second.valid, several)
 
 
 def _chain(t1: Array, w1: Any, t2: Array, w2: Any, first: Assign, second: Assign):
     """Targets and weights of one column of `first` followed by one of `second`."""
-    axis = len(first.batch)
-    alive = t1 < first.k
+    via, alive = jnp.minimum(t1, first.k - 1), t1 < first.k
+    through = functools.partial(gather, index=via, axis=len(first.batch))
     if first.valid is not None:
-        alive &= gather(first.valid, jnp.minimum(t1, first.k - 1), axis=axis)
-    via = jnp.minimum(t1, first.k - 1)
-    target = jnp.where(alive, gather(t2, via, axis=axis), second.k)
-    weight = jnp.ones(t1.shape) if w1 is None else w1
-    return target, weight if w2 is None else weight * gather(w2, via, axis=axis)
+        alive &= through(first.valid)
+    target = jnp.where(alive, through(t2), second.k)
+    if w2 is None:
+        return target, w1
+    return target, through(w2) if w1 is None else w1 * through(w2)
 
 
 def follow(source: Int[Array, "*B S"], map_: TokenMap) -> Int[Array, "*B S"]:
@@ -382,7 +379,7 @@ def fold(x: Tree, groups: int, *, axis: int = 1) -> Tree:
     def one(a: Array) -> Array:
         n = a.shape[axis]
         if n % groups:
-            raise ValueError(f"fold: {n} tokens do not divide into {groups} groups; pad them first.")
+            raise ValueError(f"fold: {n} tokens do not divide into {groups} groups; pad them.")
         return a.reshape((*a.shape[:axis], groups, n // groups, *a.shape[axis + 1 :]))
 
     return jax.tree.map(one, x)
@@ -390,11 +387,7 @@ def fold(x: Tree, groups: int, *, axis: int = 1) -> Tree:
 
 def unfold(x: Tree, *, axis: int = 1) -> Tree:
     """Axes `axis` and `axis + 1` (groups, tokens) joined into one token axis again."""
-
-    def one(a: Array) -> Array:
-        return a.reshape((*a.shape[:axis], a.shape[axis] * a.shape[axis + 1], *a.shape[axis + 2 :]))
-
-    return jax.tree.map(one, x)
+    return jax.tree.map(lambda a: a.reshape((*a.shape[:axis], -1, *a.shape[axis + 2 :])), x)
 
 
 def window_order(grid: tuple[int, int], window: tuple[int, int]) -> Int[Array, " N"]:
@@ -409,4 +402,3 @@ def window_order(grid: tuple[int, int], window: tuple[int, int]) -> Int[Array, "
         raise ValueError(f"window_order: window {window} does not divide grid {grid}; change one.")
     raster = jnp.arange(h * w, dtype=jnp.int32).reshape(h // a, a, w // b, b)
     return raster.transpose(0, 2, 1, 3).reshape(-1)
-

@@ -103,10 +103,15 @@ class Reduction:
     """
 
     asks: ClassVar[tuple[Ask, ...]] = ()
+    soft: ClassVar[bool] = False  # whether the soft twin exists: tokens stay, gates act
 
     def counts(self, n: int, prefix: int) -> int:
         """Tokens out for `n` tokens in, prefix included in both."""
         raise NotImplementedError
+
+    def idle(self, n: int, prefix: int) -> bool:
+        """Whether nothing happens to `n` tokens: then the input itself is returned."""
+        return self.counts(n, prefix) == n
 
     def select(
         self, tokens: Tokens, evidence: Mapping[str, Array], *, key: PRNGKeyArray | None
@@ -149,7 +154,7 @@ class Reduction:
 
         Nothing removed returns the input itself.
         """
-        if self.counts(tokens.n, tokens.prefix) == tokens.n:
+        if self.idle(tokens.n, tokens.prefix):
             return tokens, None, state, {}
         map_ = self.select(tokens, evidence, key=key)
         return self.move(tokens, map_, evidence), map_, state, {}
@@ -252,7 +257,7 @@ class Plan:
                     f"{k} of {n} tokens ({layout.prefix} protected); give it a count in "
                     f"[{layout.prefix + 1}, {n}]."
                 )
-            n = n if self.twin == "soft" and reduction.has_soft() else k
+            n = n if self.twin == "soft" and reduction.soft else k
         return n
 
 
@@ -263,6 +268,16 @@ def require_class_token(name: str, layout: Layout) -> None:
             f"{name}: needs a class token, which this model lacks; set class_token=True or choose a "
             "method without that need (see `python -m tokred methods`)."
         )
+
+
+def require_module(reduction: Reduction, module: Any) -> Any:
+    """The module of a learned reduction. Raises ValueError where the model was built without it."""
+    if module is None:
+        raise ValueError(
+            f"{type(reduction).__name__}: the model has no module for this site; build it with "
+            "plan=, or attach the plan's modules through Call(modules=...)."
+        )
+    return module
 
 
 @dataclass(frozen=True)

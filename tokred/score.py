@@ -13,9 +13,13 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 def mask_scores(
     scores: Float[Array, "*B N"], valid: Bool[Array, "*B N"] | None = None
 ) -> Float[Array, "*B N"]:
-    """Float32, with NaN and invalid tokens at -inf. Gradient: none, a choice has none."""
+    """Float32, invalid tokens at -inf, NaN and valid -inf at the lowest finite number, before them.
+
+    Gradient: none, a choice has none.
+    """
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(jnp.isnan(scores), lowest, jnp.maximum(scores, lowest))
     return scores if valid is None else jnp.where(valid, scores, -jnp.inf)
 
 

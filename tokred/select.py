@@ -4,6 +4,7 @@ All functions protect the first `prefix` tokens, which stay in front in their or
 and stop the gradient: it flows through what a map moves, never through the choice.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -20,10 +21,11 @@ PROTECTED = -jnp.inf
 ABSENT = -1e30  # an invalid token: leaves before any protected one, after every real match
 
 
-def _check_count(what: str, k: int, n: int, prefix: int) -> None:
-    if not 0 < k <= n - prefix:
+def _check_range(what: str, name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
         raise ValueError(
-            f"{what}: k={k} must lie in [1, {n - prefix}] (N={n} tokens, prefix={prefix}); change k."
+            f"{what}: {name}={value} must lie in [{low}, {high}], as tokens and prefix allow; "
+            f"change {name}."
         )
 
 
@@ -40,7 +42,7 @@ def keep_top_k(
     order: 'score' | 'position'. With fewer than k valid tokens the surplus slots are invalid.
     """
     n = scores.shape[-1]
-    _check_count("keep_top_k", k, n, prefix)
+    _check_range("keep_top_k", "k", k, 1, n - prefix)
     scores = mask_scores(scores, valid)[..., prefix:]
     index = top_k(scores, k)[1] + prefix
     if order == "position":
@@ -128,11 +130,11 @@ def pool_cells(
 
 
 def merge_into(target: Array, k: int, index: Array, valid: Array | None) -> Assign:
-    """An Assign whose invalid members weigh nothing; a group is valid if any member is."""
+    """An Assign whose invalid members go to nobody; a group is valid if any member is."""
     if valid is None:
         return Assign(target, k, index=index)
-    plain = Assign(target, k)
-    return Assign(target, k, valid.astype(jnp.float32), index, plain.apply(valid, "max"))
+    map_ = Assign(jnp.where(valid, target, k), k, index=index)
+    return dataclasses.replace(map_, valid=map_.apply(valid, "max"))
 
 
 def match_bipartite(
@@ -149,6 +151,7 @@ def match_bipartite(
     Source: Bolya et al. 2023, facebookresearch/ToMe `bipartite_soft_matching`.
     """
     n = metric.shape[-2]
+    _check_range("match_bipartite", "r", r, 0, n)
     r = min(r, (n - prefix) // 2)
     even, odd = np.arange(0, n, 2), np.arange(1, n, 2)
     metric = jax.lax.stop_gradient(metric)
@@ -206,8 +209,8 @@ def match_kth(
     Source: facebookresearch/ToMe `kth_bipartite_soft_matching`.
     """
     n = metric.shape[-2]
+    _check_range("match_kth", "every", every, 1, n - prefix)
     full = (n - prefix) // every * every
-    _check_count("match_kth", full // every, n, prefix)
     body = np.arange(prefix, prefix + full).reshape(-1, every)
     leave, last = body[:, :-1].reshape(-1), body[:, -1]
     metric = jax.lax.stop_gradient(metric)
@@ -233,19 +236,20 @@ def match_random(
     Source: facebookresearch/ToMe `random_bipartite_soft_matching`.
     """
     n = metric.shape[-2]
-    _check_count("match_random", n - prefix - r, n, prefix)
-    draws = jnp.where(_row(jnp.arange(n) < prefix, draws.ndim), jnp.inf, draws)
+    _check_range("match_random", "r", r, 0, n - prefix - 1)
     alive = jnp.ones(draws.shape, bool) if valid is None else valid
-    draws = jnp.where(alive, draws, 2.0)  # absent tokens stay, so that r real ones merge
+    # Absent tokens stay, so that r real ones merge; protected ones stay even before them.
+    draws = jnp.where(alive, draws, jnp.finfo(draws.dtype).max)
+    draws = jnp.where(_row(jnp.arange(n) < prefix, draws.ndim), jnp.inf, draws)
     order = jnp.argsort(draws, axis=-1, stable=True).astype(jnp.int32)
     source, stay = order[..., :r], order[..., r:]
     metric = jax.lax.stop_gradient(metric)
     axis = metric.ndim - 2
     rows = lambda index: gather(metric, index, axis=axis)  # noqa: E731
     similar = cosine(rows(source), rows(stay))
-    hidden = (stay < prefix) | ~gather(alive, stay, axis=axis - 1)
+    hidden = (stay < prefix) | ~gather(alive, stay, axis=axis)
     similar = jnp.where(hidden[..., None, :], PROTECTED, similar)
-    destination = gather(stay, similar.argmax(-1), axis=axis - 1)
+    destination = gather(stay, similar.argmax(-1), axis=axis)
     return _merge_pairs(source, destination, stay, n, prefix, valid)
 
 
@@ -262,7 +266,7 @@ def merge_to_nearest(
     k counts the prefix. Source: Chen et al. 2023, OpenGVLab/DiffRate `get_merge_func`.
     """
     n = x.shape[-2]
-    _check_count("merge_to_nearest", k - prefix, n, prefix)
+    _check_range("merge_to_nearest", "k", k, prefix + 1, n)
     best, partner = nearest_kept(x, k, prefix=prefix, valid=valid)
     slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape[:-1])
     stays = slots < k
@@ -284,7 +288,7 @@ def nearest_kept(
     slot = jnp.arange(among.shape[-2])
     allowed = _row((slot >= prefix) & (slot < k), similar.ndim)
     if valid is not None:
-        allowed = allowed & valid[..., None, : among.shape[-2]]
+        allowed = allowed & valid[..., :, None] & valid[..., None, : among.shape[-2]]
     similar = jnp.where(allowed, similar, PROTECTED)
     best, partner = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
     if valid is None:

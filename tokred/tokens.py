@@ -114,7 +114,7 @@ def move(
     maximum; source follows.
     """
     if isinstance(map_, Keep):
-        return _kept(tokens, map_)
+        return _kept(tokens, map_, map_.apply(tokens.x, how, weight=weight))
     size = tokens.sizes()
     average = lambda a: None if a is None else map_.apply(a, "weighted", weight=size)  # noqa: E731
     new_size = map_.sizes(size)
@@ -133,9 +133,9 @@ def move(
     )
 
 
-def _kept(tokens: Tokens, map_: Keep) -> Tokens:
-    per_token = (tokens.x, tokens.size, tokens.position, tokens.bias, tokens.policy, tokens.extra)
-    x, size, position, bias, policy, extra = map_.apply(per_token)
+def _kept(tokens: Tokens, map_: Keep, x: Array) -> Tokens:
+    per_token = (tokens.size, tokens.position, tokens.bias, tokens.policy, tokens.extra)
+    size, position, bias, policy, extra = map_.apply(per_token)
     valid = map_.valid if tokens.valid is None else map_.apply(tokens.valid)
     if valid is not None and position is not None:
         position = jnp.where(valid[..., None], position, -1)
@@ -147,14 +147,14 @@ def _kept(tokens: Tokens, map_: Keep) -> Tokens:
 
 
 def _features(tokens: Tokens, map_: TokenMap, how: str | None, weight: Any, size: Array) -> Array:
-    if how is None and isinstance(map_, Mix):
-        return map_.apply(tokens.x, "sum")
-    if how is None:
-        how, weight = "weighted", size
+    if how is None and weight is None:
+        how, weight = ("sum", None) if isinstance(map_, Mix) else ("weighted", size)
     return map_.apply(tokens.x, how, weight=weight)
 
 
 def _positions(tokens: Tokens, map_: TokenMap, rule: str, average: Any, valid: Any) -> Any:
+    if rule not in ("mean", "keep"):
+        raise ValueError(f"move: position={rule!r} must be 'mean' or 'keep'.")
     if tokens.position is None:
         return None
     new = map_.apply(tokens.position, "keep") if rule == "keep" else average(tokens.position)

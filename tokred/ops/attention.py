@@ -1,6 +1,7 @@
 """Attention, and the parts of its probabilities that scores ask for."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,11 @@ def key_bias(
 
 
 def _fused(q: Array, k: Array, v: Array, bias: Array | None, scale: float, implementation: str):
-    run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
-    args = (q, k, v) if bias is None else (q, k, v, bias.astype(q.dtype)[..., None, None, :])
+    fused: Any = jax.nn.dot_product_attention  # its overloads do not know a name at run time
+    run = functools.partial(fused, scale=scale, implementation=implementation)
+    if bias is not None and implementation == "cudnn":
+        bias = bias.astype(q.dtype)
+    args = (q, k, v) if bias is None else (q, k, v, bias[..., None, None, :])
     if q.ndim == 3:
         return run(*[a[None] for a in args])[0]
     for _ in range(q.ndim - 4):
@@ -86,18 +90,24 @@ def attention_probs(
     """All probabilities, in float32. `own` [N] tells which key is a query's own (default: its
     index), for `policy` only. Gradient: to every float argument.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     joint = key_bias(bias, valid)
     if joint is not None:
         logits = logits + joint[..., None, None, :]
     if policy is None:
         return jax.nn.softmax(logits, axis=-1)
     own = jnp.arange(q.shape[-3]) if own is None else own
-    return _policy_softmax(logits, policy, own, policy_eps)
+    m = k.shape[-3]
+    share = jnp.full(policy.shape, 1 / m) if valid is None else _uniform(valid)
+    return _policy_softmax(logits, policy, own, policy_eps, share[..., None, None, :])
 
 
-def _policy_softmax(logits: Array, policy: Array, own: Array, eps: float) -> Array:
+def _uniform(valid: Bool[Array, "*B M"]) -> Float[Array, "*B M"]:
+    return valid / jnp.maximum(valid.sum(-1, keepdims=True), 1)
+
+
+def _policy_softmax(logits: Array, policy: Array, own: Array, eps: float, share: Array) -> Array:
     m = logits.shape[-1]
     itself = own[:, None] == jnp.arange(m)[None, :]  # [N M]
     itself = itself.reshape((1,) * (policy.ndim - 1) + (1, *itself.shape))
@@ -105,7 +115,7 @@ def _policy_softmax(logits: Array, policy: Array, own: Array, eps: float) -> Arr
     open_ = gate + (1 - gate) * itself
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weight = jnp.exp(logits - top) * open_
-    return (weight + eps / m) / (weight.sum(-1, keepdims=True) + eps)
+    return (weight + eps * share) / (weight.sum(-1, keepdims=True) + eps)
 
 
 def attention_rows(
@@ -131,13 +141,14 @@ def attention_column_mean(
     """Attention that each key receives, mean over heads and valid queries, `block` rows at a time.
 
     Never holds [N M] for N > block. Static: block. Takes the keyword arguments of
-    `attention_probs` except policy.
+    `attention_probs` except own: with policy, M = N.
     """
     n = q.shape[-3]
     weight = jnp.ones(q.shape[:-2]) if query_valid is None else query_valid.astype(jnp.float32)
     total = jnp.zeros((*k.shape[:-3], k.shape[-3]), jnp.float32)
     for start in range(0, n, block):
-        rows = attention_rows(q[..., start : start + block, :, :], k, **kwargs)
+        own = jnp.arange(start, min(start + block, n))
+        rows = attention_rows(q[..., start : start + block, :, :], k, own=own, **kwargs)
         total = total + jnp.einsum("...hnm,...n->...m", rows, weight[..., start : start + block])
     queries = jnp.maximum(weight.sum(-1, keepdims=True), 1.0)
     return total / (queries * q.shape[-2])

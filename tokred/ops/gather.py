@@ -44,8 +44,11 @@ def _one_hot(x: Array, index: Array, axis: int) -> Array:
     rows = jnp.moveaxis(x, axis, -1)  # [*L *T N]
     tail = x.ndim - axis - 1
     hot = jax.nn.one_hot(index, n, dtype=x.dtype)  # [*I K N]
-    hot = hot.reshape((1,) * (axis - index.ndim + 1) + index.shape[:-1] + (1,) * tail + hot.shape[-2:])
-    return jnp.moveaxis(jnp.einsum("...n,...kn->...k", rows, hot), -1, axis)
+    lead = (1,) * (axis - index.ndim + 1)
+    hot = hot.reshape(lead + index.shape[:-1] + (1,) * tail + hot.shape[-2:])
+    # Full precision: rows are copied, not rounded to what a matrix unit likes best.
+    y = jnp.einsum("...n,...kn->...k", rows, hot, precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(y, -1, axis)
 
 
 def _reference(x: Array, index: Array, axis: int) -> Array:

@@ -61,7 +61,10 @@ def _scatter_sum(x: Array, target: Array, k: int, axis: int) -> Array:
 
 def _one_hot_sum(x: Array, target: Array, k: int, axis: int) -> Array:
     def one(rows: Array, t: Array) -> Array:
-        return jnp.tensordot(jax.nn.one_hot(t, k, dtype=rows.dtype), rows, ((0,), (0,)))
+        hot = jax.nn.one_hot(t, k, dtype=rows.dtype)
+        nobody = (t >= k).reshape(t.shape + (1,) * (rows.ndim - 1))
+        rows = jnp.where(nobody, jnp.zeros_like(rows), rows)  # NaN of padding stays outside
+        return jnp.tensordot(hot, rows, ((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
 
     return _per_example(one, x, target, axis)
 
@@ -69,7 +72,7 @@ def _one_hot_sum(x: Array, target: Array, k: int, axis: int) -> Array:
 def _lowest(dtype: jnp.dtype) -> Array:
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.array(-jnp.inf, dtype)
-    return jnp.array(False) if dtype == bool else jnp.array(jnp.iinfo(dtype).min, dtype)
+    return jnp.array(False if dtype == jnp.bool_ else jnp.iinfo(dtype).min, dtype)
 
 
 def _scatter_max(x: Array, target: Array, k: int, axis: int) -> Array:

@@ -23,7 +23,7 @@ def top_k(
     n = scores.shape[-1]
     if not 0 <= k <= n:
         raise ValueError(f"ops.top_k: k={k} must lie in [0, {n}], the number of scores; lower k.")
-    table = {"sort": _sort, "top_k": jax.lax.top_k, "reference": _reference}
+    table = {"sort": _sort, "top_k": _top_k, "reference": _reference}
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     return choose("top_k", implementation, table, "sort")(scores, k)
 
@@ -32,6 +32,11 @@ def _sort(scores: Array, k: int) -> tuple[Array, Array]:
     order = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     low, index = jax.lax.sort((-scores, order), num_keys=1, is_stable=True)
     return -low[..., :k], index[..., :k]
+
+
+def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    values, index = jax.lax.top_k(scores, k)
+    return values, index
 
 
 def _reference(scores: Array, k: int) -> tuple[Array, Array]:

@@ -1,0 +1,92 @@
+"""The command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tokred.__main__ import main
+from tokred.methods import list_methods
+
+SMALL = ["--model", "vit_ti16", "--image-size", "64", "--batch", "1", "--rounds", "1"]
+ROW = {
+    "method", "macs", "macs_ratio", "ms", "ms_ratio", "ms_low", "ms_high", "compile_s",
+    "compile_ratio",
+}  # fmt: skip
+
+
+def bench_json(capsys, *arguments: str) -> dict:
+    assert main(["bench", *SMALL, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_json(capsys):
+    result = bench_json(capsys, "--methods", "topk,random", "--keep", "0.5")
+    assert [row["method"] for row in result["rows"]] == ["dense", "topk", "random"]
+    assert all(set(row) == ROW for row in result["rows"])
+    dense, reduced, _ = result["rows"]
+    assert dense["macs_ratio"] == dense["ms_ratio"] == dense["compile_ratio"] == 1.0
+    assert reduced["macs_ratio"] == reduced["macs"] / dense["macs"] < 1
+    assert all(row["ms_low"] <= row["ms"] <= row["ms_high"] for row in result["rows"])
+    assert {"device", "jax", "dtype", "batch", "path"} <= set(result)
+
+
+def test_bench_solves_for_macs(capsys):
+    rows = bench_json(capsys, "--methods", "dense,topk", "--macs", "0.8")["rows"]
+    assert rows[1]["macs_ratio"] <= 0.8
+
+
+def test_bench_in_bfloat16(capsys):
+    result = bench_json(capsys, "--methods", "dense", "--dtype", "bfloat16")
+    assert result["dtype"] == "bfloat16"
+
+
+def test_bench_prints_a_table(capsys):
+    assert main(["bench", *SMALL, "--methods", "dense"]) == 0
+    meta, head, dense = capsys.readouterr().out.splitlines()
+    assert "packed twin" in meta and head.startswith("method") and dense.startswith("dense")
+
+
+def test_methods_lists_all(capsys):
+    assert main(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["methods"]
+    assert [row["method"] for row in rows] == [method.name for method in list_methods()]
+    assert all(row["summary"] and row["golden"] >= 0 for row in rows)
+    assert main(["methods"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+    assert main(["methods", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) + 2 and all(line.startswith("| ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--methods", "tme"],
+        ["bench", "--model", "vit_q16"],
+        ["bench", "--image-size", "225"],
+        ["bench", "--keep", "2"],
+        ["bench", "--methods", "topk", "--macs", "0.01"],
+    ],
+)
+def test_a_wrong_value_is_one_sentence(capsys, arguments: list[str]):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("python -m tokred bench: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bench", "--rounds", "0"], ["bench", "--kep", "1"], [], ["sing"]]
+)
+def test_a_wrong_argument_is_one_sentence(capsys, arguments: list[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and len(err.splitlines()) == 1
+
+
+def test_the_module_runs():
+    command = [sys.executable, "-m", "tokred", "methods", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["methods"]

@@ -1,0 +1,39 @@
+"""What the README claims is current: its table of methods, and its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tokred.__main__ import make_parser, methods_markdown
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- methods:start -->", "<!-- methods:end -->"
+
+
+def commands() -> list[str]:
+    """Every `python -m tokred ...` of the bash blocks, continued lines joined."""
+    if not README.exists():
+        return []
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "python -m tokred" in line.split("#")[0]]
+
+
+def test_the_table_of_methods_is_current():
+    text = README.read_text()
+    assert text.count(START) == text.count(END) == 1, f"README.md needs {START} and {END} once"
+    table = text.split(START)[1].split(END)[0].strip()
+    assert table == methods_markdown(), "run: python -m tokred methods --markdown"
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line: str):
+    arguments = shlex.split(line.split("python -m tokred", 1)[1], comments=True)
+    stops = (index for index, word in enumerate(arguments) if word in ("|", ">", "&&", ";"))
+    make_parser().parse_args(arguments[: next(stops, len(arguments))])
+
+
+def test_the_bench_command_is_shown():
+    assert any("tokred bench" in line for line in commands())

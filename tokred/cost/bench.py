@@ -1,0 +1,102 @@
+"""Reduced models against the dense one: counted, compiled and timed side by side."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from tokred.cost.budget import solve_keep
+from tokred.cost.compiled import compile_cost
+from tokred.cost.macs import macs
+from tokred.cost.timing import time_rounds
+from tokred.methods import get_method, make_plan
+from tokred.models import ViT, ViTConfig
+from tokred.plan import Call, Plan
+
+Row = dict[str, Any]
+
+
+def bench(
+    config: ViTConfig,
+    methods: Sequence[str],
+    *,
+    batch: int = 8,
+    rounds: int = 10,
+    keep: float | None = None,
+    ratio: float | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """One row per method, the dense model first, all with the same random weights.
+
+    Times the forward pass from images to logits of the packed twin, compiled, dense and reduced
+    with the same attention, in alternating rounds. keep: every method's budget; ratio: solve for
+    it from a share of the dense MACs; neither: each method's defaults.
+    Row: method, macs (one image), macs_ratio, ms (median of a batch), ms_ratio, ms_low, ms_high,
+    compile_s, compile_ratio.
+
+    Raises:
+      ValueError: an unknown method, or a budget out of its reach.
+    """
+    names = ["dense", *(name for name in dict.fromkeys(methods) if name != "dense")]
+    plans = {name: choose_plan(config, name, keep, ratio) for name in names}
+    model = ViT(config, rngs=nnx.Rngs(seed))
+    key = jax.random.key(seed)
+    images = jax.random.normal(key, (batch, *config.image_size, config.channels))
+    compiled = {}
+    for name, plan in plans.items():
+        f, state = forward(model, plan)
+        compiled[name] = compile_cost(f, state, images, key), state
+    runs = {
+        name: lambda run=cost.run, state=state: run(state, images, key)
+        for name, (cost, state) in compiled.items()
+    }
+    times = time_rounds(runs, rounds)
+    rows = [
+        {
+            "method": name,
+            "macs": macs(config, plan),
+            "ms": 1e3 * times[name].median,
+            "ms_low": 1e3 * times[name].low,
+            "ms_high": 1e3 * times[name].high,
+            "compile_s": compiled[name][0].seconds,
+        }
+        for name, plan in plans.items()
+    ]
+    return [_with_ratios(row, rows[0]) for row in rows]
+
+
+def choose_plan(config: ViTConfig, name: str, keep: float | None, ratio: float | None) -> Plan:
+    """The method's plan at `keep`, at `ratio` of the dense MACs, or at its defaults."""
+    if name != "dense" and ratio is not None:
+        return solve_keep(config, name, ratio)[0]
+    if name == "dense" or keep is None or "keep" not in get_method(name).options:
+        return make_plan(name, config.layout)
+    return make_plan(name, config.layout, keep=keep)
+
+
+def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], nnx.State]:
+    """(f, state): f(state, images, key) gives the logits [B classes] under the packed plan.
+
+    Learned reductions get modules with random weights.
+    """
+    modules = nnx.Dict(plan.build(model.config.layout, nnx.Rngs(0)))
+    graph, state = nnx.split((model, modules))
+
+    def f(state: nnx.State, images: Array, key: Array) -> Array:
+        model, modules = nnx.merge(graph, state)
+        return model(images, plan=plan, call=Call(modules=modules, key=key))[0]
+
+    return f, state
+
+
+def _with_ratios(row: Row, dense: Row) -> Row:
+    columns = {"macs_ratio": "macs", "ms_ratio": "ms", "compile_ratio": "compile_s"}
+    return row | {ratio: row[field] / dense[field] for ratio, field in columns.items()}
+
+
+def device_name() -> str:
+    """What the rows were measured on."""
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind}) x {jax.device_count()}"

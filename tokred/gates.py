@@ -1,0 +1,136 @@
+"""How selection is learned: estimators, and gates as pure (init, update) pairs.
+
+A gate's `update(logits, state, *, key, train) -> (value, state, aux)`; state is explicit and None
+for most. The value acts as a multiplicative policy or, in log space, as an additive key bias.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+def straight_through(value: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`value` forward, the gradient of `soft` backward."""
+    return jax.lax.stop_gradient(value) + soft - jax.lax.stop_gradient(soft)
+
+
+def ceil_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Ceiling with identity gradient."""
+    return straight_through(jnp.ceil(x), x)
+
+
+def min_through(*counts: Float[Array, ""]) -> Float[Array, ""]:
+    """The minimum, with the full gradient to every argument (DiffRate's official FLOPs)."""
+    total = sum(counts[1:], counts[0])
+    return straight_through(jnp.stack(jnp.broadcast_arrays(*counts)).min(0), total)
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """1 where sigmoid(logit) > threshold, with the sigmoid's gradient."""
+
+    threshold: float = 0.5
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self, logits: Float[Array, "*B N"], state: Any = None, *, key: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        soft = jax.nn.sigmoid(logits)
+        return straight_through((soft > self.threshold).astype(soft.dtype), soft), state, {}
+
+
+@dataclass(frozen=True)
+class Gumbel:
+    """Hard two-way Gumbel-softmax over log-probabilities [*B N 2] (keep, drop); straight-through.
+
+    In evaluation (train=False) the likelier one, without noise.
+    """
+
+    temperature: float = 1.0
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self,
+        logits: Float[Array, "*B N 2"],
+        state: Any = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        if train and key is None:
+            raise ValueError("gates.Gumbel: training draws noise; pass key= (Call(key=...)).")
+        noise = jax.random.gumbel(key, logits.shape, logits.dtype) if train else 0.0
+        soft = jax.nn.softmax((logits + noise) / self.temperature, axis=-1)[..., 0]
+        return straight_through((soft >= 0.5).astype(soft.dtype), soft), state, {}
+
+
+@dataclass(frozen=True)
+class SigmoidBias:
+    """A soft gate in log space: scale * sigmoid(-logit) in [scale, 0], an additive key bias."""
+
+    scale: float = -30.0
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self, logits: Float[Array, "*B N"], state: Any = None, *, key: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        return self.scale * jax.nn.sigmoid(-logits), state, {}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A differentiable kept count: softmax over candidates patches, patches - g, ... > 0.
+
+    `prefix` tokens are always kept and come on top. Source: Chen et al. 2023, OpenGVLab/DiffRate.
+    """
+
+    patches: int
+    granularity: int = 1
+    prefix: int = 1
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        return tuple(range(self.patches, 0, -self.granularity))
+
+    def kept(self, logits: Float[Array, " C"]) -> Float[Array, ""]:
+        """ceil(E[candidate]) + prefix, with the gradient of the expectation."""
+        chance = jax.nn.softmax(logits.astype(jnp.float32))
+        expected = jnp.dot(jnp.asarray(self.candidates, jnp.float32), chance, precision="highest")
+        return ceil_through(expected) + self.prefix
+
+    def survival(self, logits: Float[Array, " C"]) -> Float[Array, " R"]:
+        """Probability that each rank (0 = first of the prefix) is kept; R = patches + prefix."""
+        chance = jax.nn.softmax(logits.astype(jnp.float32))
+        kept = jnp.asarray(self.candidates) + self.prefix
+        inside = jnp.arange(self.patches + self.prefix)[None, :] < kept[:, None]
+        return chance @ inside.astype(jnp.float32)
+
+    def mask(
+        self, logits: Float[Array, " C"], alive: Int[Array, "*B"] | int | None = None
+    ) -> Float[Array, "*B R"]:
+        """0 for ranks in [kept, alive), 1 elsewhere; the gradient is that of `survival`.
+
+        alive: ranks still present, per example; None means all.
+        """
+        survival = self.survival(logits)
+        ranks = jnp.arange(self.patches + self.prefix)
+        present = jnp.asarray(len(ranks) if alive is None else alive)[..., None]
+        shape = (1,) * (present.ndim - 1) + (-1,)
+        ranks, survival = ranks.reshape(shape), survival.reshape(shape)
+        kept = jax.lax.stop_gradient(self.kept(logits))
+        hidden = (ranks >= kept) & (ranks < present)
+        return straight_through(1.0 - hidden, jnp.broadcast_to(survival, hidden.shape))
+
+    def freeze(self, logits: Float[Array, " C"]) -> int:
+        """The integer to export; never recompute it elsewhere."""
+        return math.floor(float(self.kept(logits)) + 0.5)

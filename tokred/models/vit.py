@@ -1,0 +1,311 @@
+"""Vision Transformers (Dosovitskiy et al. 2021) whose blocks offer every site."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from tokred.nn.block import Block
+from tokred.nn.embeddings import PatchEmbed, grid_positions, sincos_positions
+from tokred.nn.run import Here, run_block
+from tokred.plan import Call, Layout, Plan, Record, Report, Site, make_report, nearest, reduce_at
+from tokred.tokens import Tokens, make_tokens
+
+DENSE = Plan()
+SIZES = {
+    "ti": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "h": (1280, 32, 16),
+}
+POSITIONS = ("learned", "sincos", "learned_sincos")
+POOLS = ("class", "mean", "size_mean")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Everything that shapes a ViT; all fields are static.
+
+    patch_kernel: side of an overlapping patch embedding, None for the patch itself.
+    position: 'learned', 'sincos' (fixed), 'learned_sincos' (learned from that start).
+    pool: 'class', 'mean' over patch tokens, or 'size_mean', which weighs merged tokens by size.
+    norm_after_pool: the final norm follows pooling (MAE) instead of preceding it.
+    gelu: 'exact' | 'tanh'. drop_path: stochastic depth of the last layer, growing from 0.
+    scan: run equal layers under one compiled body; default False: compiling gets faster, but the
+    step slower (README, 'Scanning').
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch: tuple[int, int] = (16, 16)
+    channels: int = 3
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    classes: int = 1000
+    class_token: bool = True
+    registers: int = 0
+    position: str = "learned"
+    pool: str = "class"
+    norm_after_pool: bool = False
+    patch_kernel: int | None = None
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    gelu: str = "exact"
+    norm_eps: float = 1e-6
+    scan: bool = False
+    attention: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field in ("image_size", "patch"):
+            value = getattr(self, field)
+            pair = (value, value) if isinstance(value, int) else tuple(value)
+            object.__setattr__(self, field, pair)
+        if any(size % p for size, p in zip(self.image_size, self.patch, strict=True)):
+            raise ValueError(
+                f"ViTConfig: image_size={self.image_size} is not divisible by patch={self.patch}; "
+                "change one of the two."
+            )
+        _one_of("position", self.position, POSITIONS)
+        _one_of("pool", self.pool, POOLS)
+        _one_of("gelu", self.gelu, ("exact", "tanh"))
+        if self.pool == "class" and not self.class_token:
+            raise ValueError("ViTConfig: pool='class' needs class_token=True; or use pool='mean'.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        (h, w), (a, b) = self.image_size, self.patch
+        return h // a, w // b
+
+    @property
+    def layout(self) -> Layout:
+        """What plans may know of this model."""
+        prefix = int(self.class_token) + self.registers
+        return Layout(
+            depth=self.depth,
+            tokens=prefix + self.grid[0] * self.grid[1],
+            prefix=prefix,
+            grid=self.grid,
+            class_token=self.class_token,
+            width=self.width,
+            heads=self.heads,
+        )
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"ViTConfig: {field}={value!r} must be one of {known}{nearest(value, known)}")
+
+
+def vit_config(name: str, **changes: Any) -> ViTConfig:
+    """A size by name: 'vit_ti16', 'vit_s16', 'vit_b16', 'vit_l16', 'vit_h14' (any patch size).
+
+    changes: fields of ViTConfig. Raises ValueError for an unknown size or field.
+    """
+    match = re.fullmatch(r"vit_([a-z]+)(\d+)", name)
+    if match is None or match[1] not in SIZES:
+        known = [f"vit_{size}16" for size in SIZES]
+        raise ValueError(f"model {name!r} is unknown; sizes are {known}{nearest(name, known)}")
+    fields = {f.name for f in dataclasses.fields(ViTConfig)}
+    for field in changes:
+        if field not in fields:
+            raise ValueError(f"ViTConfig has no field {field!r}{nearest(field, fields)}")
+    width, depth, heads = SIZES[match[1]]
+    patch = int(match[2])
+    base = {"width": width, "depth": depth, "heads": heads, "patch": (patch, patch)}
+    return ViTConfig(**{**base, **changes})
+
+
+class ViT(nnx.Module):
+    """images [B H W C] -> (logits [B classes], Report), under any Plan.
+
+    plan: only its learned reductions matter here; their modules become `reductions`.
+    """
+
+    def __init__(self, config: ViTConfig, *, plan: Plan = DENSE, rngs: nnx.Rngs):
+        self.config = config
+        c, layout = config, config.layout
+        common = {"dtype": c.dtype, "param_dtype": c.param_dtype, "rngs": rngs}
+        kernel = None if c.patch_kernel is None else (c.patch_kernel, c.patch_kernel)
+        self.embed = PatchEmbed(c.patch, c.channels, c.width, kernel=kernel, **common)
+        draw = lambda n: nnx.Param(  # noqa: E731
+            0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (n, c.width), c.param_dtype)
+        )
+        self.cls = draw(1) if c.class_token else None
+        self.registers = draw(c.registers) if c.registers else None
+        self.position = _position_table(c, rngs)
+        self.blocks = nnx.List(
+            Block(
+                c.width,
+                c.heads,
+                mlp_ratio=c.mlp_ratio,
+                qkv_bias=c.qkv_bias,
+                layer_scale=c.layer_scale,
+                gelu=c.gelu,
+                norm_eps=c.norm_eps,
+                implementation=c.attention,
+                **common,
+            )
+            for _ in range(c.depth)
+        )
+        self.norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
+        self.head = nnx.Linear(c.width, c.classes, **common)
+        self.reductions = nnx.Dict(plan.build(layout, rngs))
+
+    def __call__(
+        self,
+        images: Float[Array, "B Y X C"],
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Bool[Array, "B P"] | None = None,
+    ) -> tuple[Float[Array, "B classes"], Report]:
+        """valid: which patches are real (None: all). Static: plan.
+
+        Raises:
+          ValueError: wrong image shape, or a plan that does not fit the model.
+          TypeError: images that are not floats.
+        """
+        check_images(images, self.config)
+        tokens, report = self.encode(self.tokens(images, valid), plan=plan, call=call)
+        return self.classify(tokens), report
+
+    def tokens(
+        self, images: Float[Array, "B Y X C"], valid: Bool[Array, "B P"] | None = None
+    ) -> Tokens:
+        """Embedded patches with positions, class token and registers in front."""
+        c = self.config
+        x = self.embed(images)
+        table = self.position[...].astype(x.dtype)
+        front = [] if self.cls is None else [self.cls[...].astype(x.dtype) + table[:1]]
+        if self.registers is not None:
+            front.append(self.registers[...].astype(x.dtype))
+        x = x + table[None, len(table) - x.shape[1] :]
+        front = [jnp.broadcast_to(row[None], (x.shape[0], *row.shape)) for row in front]
+        x = jnp.concatenate([*front, x], axis=1)
+        prefix = c.layout.prefix
+        place = np.concatenate([np.full((prefix, 2), -1, np.float32), grid_positions(c.grid)])
+        place = jnp.broadcast_to(jnp.asarray(place)[None], (x.shape[0], *place.shape))
+        if valid is not None:
+            valid = jnp.concatenate([jnp.ones((x.shape[0], prefix), bool), valid], axis=1)
+        return make_tokens(x, valid=valid, position=place, prefix=prefix)
+
+    def encode(
+        self, tokens: Tokens, *, plan: Plan = DENSE, call: Call | None = None
+    ) -> tuple[Tokens, Report]:
+        """All layers and the final norm; the Report tells what the plan did."""
+        counts = plan.counts(self.config.layout)
+        call = call or Call()
+        call = dataclasses.replace(call, modules={**self.reductions, **call.modules})
+        tokens, records = _at_model(plan, "input", tokens, call)
+        sources = []
+        for start, stop in _runs(self.config, plan):
+            if stop - start > 1:
+                tokens = self._scan(tokens, start, stop, call)
+                sources += [tokens.sources()] * (stop - start)
+                continue
+            tokens, more, source = run_block(self._here(start, plan, call), tokens)
+            records += more
+            sources.append(source)
+        if not self.config.norm_after_pool:
+            tokens = tokens.replace(x=self.norm(tokens.x))
+        tokens, more = _at_model(plan, "output", tokens, call)
+        return tokens, make_report(tokens, records + more, sources, counts)
+
+    def _here(self, layer: int, plan: Plan, call: Call) -> Here:
+        rate = self.config.drop_path * layer / max(self.config.depth - 1, 1)
+        return Here(self.blocks, layer, plan, call, rate)
+
+    def _scan(self, tokens: Tokens, start: int, stop: int, call: Call) -> Tokens:
+        """Layers without any site as one scanned body over stacked parameters."""
+        graph, _ = nnx.split(self.blocks[start])
+        states = [nnx.state(self.blocks[i]) for i in range(start, stop)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        rates = jnp.asarray([self._here(i, DENSE, call).drop for i in range(start, stop)])
+        keys = None if call.key is None else jax.random.split(call.key, stop)[start:]
+
+        def body(carry: Tokens, layer: tuple) -> tuple[Tokens, None]:
+            state, rate, key = layer
+            here = Here([nnx.merge(graph, state)], 0, DENSE, dataclasses.replace(call, key=key), rate)
+            return run_block(here, carry)[0], None
+
+        return jax.lax.scan(body, tokens, (stacked, rates, keys))[0]
+
+    def classify(self, tokens: Tokens) -> Float[Array, "B classes"]:
+        """Logits of pooled tokens, in float32."""
+        x = pool_tokens(tokens, self.config.pool)
+        x = self.norm(x) if self.config.norm_after_pool else x
+        return self.head(x).astype(jnp.float32)
+
+
+def _position_table(c: ViTConfig, rngs: nnx.Rngs) -> Any:
+    rows = int(c.class_token) + c.grid[0] * c.grid[1]
+    table = 0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (rows, c.width), c.param_dtype)
+    if c.position != "learned":
+        temperature = 100.0 if c.position == "learned_sincos" else 10000.0
+        waves = sincos_positions(c.grid, c.width, temperature=temperature).astype(c.param_dtype)
+        table = jnp.concatenate([table[: rows - len(waves)], waves])
+    return nnx.Variable(table) if c.position == "sincos" else nnx.Param(table)
+
+
+def _at_model(
+    plan: Plan, kind: str, tokens: Tokens, call: Call
+) -> tuple[Tokens, tuple[Record, ...]]:
+    def give(ask: Any) -> Array:
+        if ask.kind != "hidden":
+            raise ValueError(f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}.")
+        return tokens.x
+
+    return reduce_at(plan, Site(kind), tokens, give, call)
+
+
+def _runs(config: ViTConfig, plan: Plan) -> list[tuple[int, int]]:
+    """Layers as [start, stop): single ones, and with `scan` runs that no site interrupts."""
+    runs: list[tuple[int, int]] = []
+    for layer in range(config.depth):
+        free = config.scan and not plan.touches(layer)
+        if free and runs and runs[-1][1] == layer and not plan.touches(layer - 1):
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
+
+
+def pool_tokens(tokens: Tokens, pool: str) -> Float[Array, "*B D"]:
+    """'class': the first token · 'mean' of valid patch tokens · 'size_mean' weighed by size."""
+    if pool == "class":
+        return tokens.x[..., 0, :]
+    body = tokens.x[..., tokens.prefix :, :]
+    weight = jnp.ones(tokens.x.shape[:-1]) if tokens.valid is None else tokens.valid
+    weight = tokens.sizes() if pool == "size_mean" else weight
+    if tokens.policy is not None:
+        weight = weight * tokens.policy
+    weight = weight[..., tokens.prefix :, None].astype(jnp.float32)
+    total = (body.astype(jnp.float32) * weight).sum(-2)
+    return (total / jnp.maximum(weight.sum(-2), 1e-6)).astype(body.dtype)
+
+
+def check_images(images: Any, config: ViTConfig) -> None:
+    """Raises where images do not fit the model, or (concrete ones only) hold NaN or infinity."""
+    expected = (*config.image_size, config.channels)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise ValueError(
+            f"images: expected shape (B, {', '.join(map(str, expected))}), got {images.shape}; "
+            "resize the images or set image_size and channels."
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images: expected floats, got {images.dtype}; normalise them (for example x / 255.0)."
+        )
+    if not isinstance(images, jax.core.Tracer) and not np.isfinite(images).all():
+        raise ValueError("images: found NaN or infinite pixels; clean the input before the model.")

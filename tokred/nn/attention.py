@@ -1,0 +1,62 @@
+"""Multi-head self-attention in two halves: projections, and what follows them."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tokred.ops import attention
+from tokred.tokens import Tokens
+
+
+class Attention(nnx.Module):
+    """Query, key and value projections, attention, output projection.
+
+    Raises:
+      ValueError: `width` is not a multiple of `heads`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        implementation: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        if width % heads:
+            raise ValueError(f"Attention: width={width} must be a multiple of heads={heads}.")
+        self.heads = heads
+        self.implementation = implementation
+
+        def linear(bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                width, width, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.query = linear(qkv_bias)
+        self.key = linear(qkv_bias)
+        self.value = linear(qkv_bias)
+        self.out = linear(True)
+
+    def project(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array, Array]:
+        """q, k, v [*B N H E]: per-token arrays, which maps may move."""
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)  # noqa: E731
+        return split(self.query(x)), split(self.key(x)), split(self.value(x))
+
+    def attend(self, q: Array, k: Array, v: Array, keys: Tokens) -> Float[Array, "*B N D"]:
+        """The update of the queries; `keys` brings bias, validity and policy of k and v."""
+        y = attention(
+            q,
+            k,
+            v,
+            bias=keys.key_bias(),
+            valid=keys.valid,
+            policy=keys.policy,
+            policy_eps=keys.policy_eps,
+            implementation=self.implementation,
+        )
+        return self.out(y.reshape(*y.shape[:-2], -1))

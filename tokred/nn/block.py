@@ -1,0 +1,74 @@
+"""A pre-norm transformer block in the parts that sites lie between."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tokred.nn.attention import Attention
+from tokred.nn.mlp import Mlp
+from tokred.tokens import Tokens
+
+
+class Block(nnx.Module):
+    """x + s1 Attention(norm1 x), then x + s2 Mlp(norm2 x); s are LayerScales or 1."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        gelu: str = "exact",
+        norm_eps: float = 1e-6,
+        implementation: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(width, epsilon=norm_eps, **common)
+        self.attn = Attention(
+            width, heads, qkv_bias=qkv_bias, implementation=implementation, **common
+        )
+        self.norm2 = nnx.LayerNorm(width, epsilon=norm_eps, **common)
+        self.mlp = Mlp(width, int(width * mlp_ratio), kind=gelu, **common)
+        self.scale1 = self.scale2 = None
+        if layer_scale is not None:
+            self.scale1 = nnx.Param(jnp.full((width,), layer_scale, param_dtype))
+            self.scale2 = nnx.Param(jnp.full((width,), layer_scale, param_dtype))
+
+    def project(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array, Array]:
+        """q, k, v [*B N H E] of the normalised input."""
+        return self.attn.project(self.norm1(x))
+
+    def attend(self, q: Array, k: Array, v: Array, keys: Tokens) -> Float[Array, "*B N D"]:
+        """The attention branch's update of the queries' residual stream."""
+        return _scaled(self.attn.attend(q, k, v, keys), self.scale1)
+
+    def feed(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
+        """The MLP branch's update."""
+        return _scaled(self.mlp(self.norm2(x)), self.scale2)
+
+
+def _scaled(x: Array, scale: Any) -> Array:
+    if scale is None:
+        return x
+    return x * scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def drop_path(
+    update: Float[Array, "B *N D"], rate: float | Array, key: PRNGKeyArray | None
+) -> Float[Array, "B *N D"]:
+    """Stochastic depth: the update of a random `rate` of examples is 0, the others grow by
+    1 / (1 - rate). No key: unchanged."""
+    if key is None:
+        return update
+    keep = 1.0 - rate
+    alive = jax.random.bernoulli(key, keep, (update.shape[0],))
+    scale = (alive / keep).astype(update.dtype)
+    return update * scale.reshape((-1,) + (1,) * (update.ndim - 1))

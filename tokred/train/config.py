@@ -1,0 +1,221 @@
+"""Recipes: what a job may be told, python files that fill it in, and overrides by name.
+
+A recipe is a file with `get_config(arg)` that starts from `default_config()`, sets fields and ends
+with `finish(config, arg)`. Fields that do not exist are errors with the nearest name.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from tokred.models.vit import ViTConfig
+from tokred.plan import nearest
+
+DTYPES = ("dtype", "param_dtype")
+FREE = "options"  # a section with this name takes any key; make_plan checks them
+
+
+def default_config() -> ConfigDict:
+    """Every field of a job with its default; locked, so that recipes cannot misspell one.
+
+    seed: of weights, order of data and draws. model: fields of ViTConfig. train: the first stage,
+    under a method with its options (a learned method in its soft form). rates: a second stage that
+    trains the rates of a method alone, 0 steps for none. finetune: of every evaluated row.
+    evaluate.macs: the budget where nothing is learned, as a share of the dense model.
+    """
+    optimizer = {"warmup": 0.1, "schedule": "cosine", "b1": 0.9, "b2": 0.99, "clip": 1.0}
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": _model_defaults(),
+            "data": {
+                "name": "digits",
+                "batch": 32,
+                "eval_batch": 359,
+                "shift": 1,
+                "placements": 4,
+                "data_dir": None,
+                "threads": 1,
+            },
+            "train": {"steps": 1000, "method": "dense", "options": {}},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer},
+            "loss": {"label_smoothing": 0.0, "aux_weight": 1.0},
+            "rates": {
+                "steps": 0,
+                "method": "diffrate",
+                "options": {},
+                "lr": 0.05,
+                "target": 0.5,
+                "weight": 10.0,
+                "unit": "ratio",
+            },
+            "finetune": {"steps": 0, "lr": 1e-4},
+            "evaluate": {
+                "methods": ("tome", "evit", "topk", "uniform", "pooling", "random"),
+                "macs": 0.6,
+                "rounds": 20,
+                "time_batch": 64,
+                "pictures": 4,
+            },
+            "log": {"every": 50, "save_every": 1000, "tensorboard": True, "progress": True},
+        }
+    )
+    return config.lock()
+
+
+def _model_defaults() -> dict[str, Any]:
+    values = dataclasses.asdict(ViTConfig())
+    return {**values, "dtype": None, "param_dtype": "float32"}
+
+
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+    """The recipe, or for arg='smoke' a copy that runs in seconds.
+
+    Raises:
+      ValueError: another arg.
+    """
+    if arg not in ("", "smoke"):
+        raise ValueError(f"recipe argument {arg!r} is unknown; use ':smoke' or none.")
+    return shrink(config) if arg else config
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """Two layers and a few steps: everything runs, nothing is learned."""
+    small = config.copy_and_resolve_references()
+    with small.unlocked():
+        small.model.update({"width": 16, "depth": 2, "heads": 2})
+        small.train.steps = 4
+        small.rates.steps = min(small.rates.steps, 3)
+        small.finetune.steps = min(small.finetune.steps, 2)
+        small.data.update({"batch": 8, "placements": 1})
+        small.evaluate.update({"rounds": 2, "time_batch": 8, "pictures": 2})
+        small.log.update({"every": 2, "save_every": 2})
+    return small
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of 'configs/NAME.py' or 'configs/NAME.py:smoke', changed by 'a.b=value' strings.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: not a recipe, an unknown field, or a value of
+        another type.
+    """
+    path, _, arg = recipe.partition(":")
+    config = _find_get_config(Path(path))(arg)
+    for override in overrides:
+        set_field(config, *_split_override(override))
+    return config
+
+
+def _find_get_config(path: Path) -> Callable[[str], ConfigDict]:
+    if not path.is_file():
+        known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
+        raise FileNotFoundError(
+            f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/.'}"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"recipe {str(path)!r} is no python file; give a file ending in .py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"recipe {str(path)!r} has no get_config(arg); see configs/ for examples.")
+    return module.get_config
+
+
+def _split_override(override: str) -> tuple[str, str]:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} has no value; write --config.{path}=VALUE.")
+    return path, value
+
+
+def set_field(config: ConfigDict, path: str, text: str) -> None:
+    """Sets 'a.b' to the value that `text` spells.
+
+    Raises:
+      ValueError: no such field (with the nearest name), or a value of another type.
+    """
+    *parents, last = path.split(".")
+    section = config
+    for parent in parents:
+        _require_field(section, parent, path)
+        section = section[parent]
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"config.{path} does not exist: config.{parent} has no fields.")
+    if parents[-1:] == [FREE]:
+        with section.unlocked():
+            section[last] = _literal(text)
+        return
+    _require_field(section, last, path)
+    with section.ignore_type():
+        section[last] = _convert(text, section[last], path)
+
+
+def _require_field(section: ConfigDict, name: str, path: str) -> None:
+    if name not in section:
+        known = list(section.keys())
+        hint = nearest(name, known) or f"; its section has {', '.join(map(str, known))}"
+        raise ValueError(f"config.{path} does not exist: no field {name!r}{hint}.")
+
+
+def _convert(text: str, old: Any, path: str) -> Any:
+    value = text if isinstance(old, str) else _literal(text)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, tuple) and not isinstance(value, tuple | list):
+        value = tuple(part for part in text.split(",") if part)
+    fits = old is None or isinstance(value, tuple | list if isinstance(old, tuple) else type(old))
+    if not fits or (isinstance(value, bool) and not isinstance(old, bool | None)):
+        raise ValueError(
+            f"config.{path} must be {type(old).__name__} like {old!r}, got {text!r}; change the value."
+        )
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain dicts and lists."""
+    return _plain(config.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def from_json(fields: Mapping[str, Any]) -> ConfigDict:
+    """The config that `to_json` gave."""
+    return ConfigDict(fields, convert_dict=True).lock()
+
+
+def model_config(config: ConfigDict) -> ViTConfig:
+    """The ViTConfig of config.model.
+
+    Raises:
+      ValueError: an unknown dtype, or fields that do not fit each other.
+    """
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.items()}
+    for name in DTYPES:
+        fields[name] = _dtype(name, fields[name])
+    return ViTConfig(**fields)
+
+
+def _dtype(field: str, name: str | None) -> Any:
+    known = ("float32", "bfloat16", "float16")
+    if name is not None and name not in known:
+        raise ValueError(f"config.model.{field}={name!r} must be one of {known}; change it.")
+    return None if name is None else getattr(jnp, name)

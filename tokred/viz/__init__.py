@@ -1,0 +1,14 @@
+"""Pictures and tables: accuracy against cost, which tokens were kept and merged, results as text.
+
+    plot_pareto(rows, "pareto.png")
+    plot_tokens(images, sources, grid=(8, 8), prefix=1, path="tokens.png")
+    print(format_table(rows))
+
+Pictures need matplotlib (pip install "tokred[train]"), which is imported when the first is drawn.
+"""
+
+from tokred.viz.kept import paint_tokens, plot_tokens
+from tokred.viz.pareto import plot_pareto
+from tokred.viz.table import format_table
+
+__all__ = ["format_table", "paint_tokens", "plot_pareto", "plot_tokens"]

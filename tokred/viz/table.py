@@ -1,0 +1,100 @@
+"""Results as plain text, and the grouping of results rows by method."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# Per field: heading, factor, decimals.
+FIELDS = {
+    "accuracy": ("accuracy %", 100, 1),
+    "recall": ("recall %", 100, 1),
+    "macs": ("MMACs", 1e-6, 2),
+    "macs_ratio": ("MACs ratio", 1, 3),
+    "ms": ("ms", 1, 2),
+    "ms_ratio": ("ms ratio", 1, 3),
+}
+NOTHING = "–"
+
+
+def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """One line per method, in order of first appearance, numbers aligned to the right.
+
+    rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy' and
+    'recall' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio'. columns: which fields, in which
+    order; default all. Seeds become mean ± half the range, where they differ; None becomes '–'.
+
+    Raises:
+      ValueError: no rows, an unknown column, a missing field, or None for some seeds only.
+    """
+    columns = tuple(FIELDS if columns is None else columns)
+    for name in columns:
+        if name not in FIELDS:
+            raise ValueError(
+                f"columns must be among {tuple(FIELDS)}, got {name!r}: change columns."
+            )
+    groups = group_by_method(rows)
+    head = ["method", *(FIELDS[name][0] for name in columns)]
+    body = [
+        [method, *(_cell(values(group, name), name) for name in columns)]
+        for method, group in groups.items()
+    ]
+    return _align([head, *body])
+
+
+def group_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every method, methods in order of first appearance.
+
+    Raises ValueError where there are no rows or a row names no method.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one result, got none: change rows.")
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_field(row, "method"), []).append(row)
+    return groups
+
+
+def values(rows: Sequence[Row], name: str) -> list[float]:
+    """The field of every row of one method; empty where it is None in all of them.
+
+    Raises ValueError where the field is missing, or None in some rows only.
+    """
+    found = [_field(row, name) for row in rows]
+    present = [float(x) for x in found if x is not None]
+    if present and len(present) < len(found):
+        raise ValueError(
+            f"rows[{name!r}] of method {rows[0]['method']!r} must be a number in all rows or None "
+            f"in all, got {found}: change {name}."
+        )
+    return present
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _field(row: Row, name: str) -> Any:
+    if name not in row:
+        raise ValueError(f"rows must have the field {name!r}, got one with {sorted(row)}: add it.")
+    return row[name]
+
+
+def _cell(numbers: Sequence[float], name: str) -> str:
+    if not numbers:
+        return NOTHING
+    _, factor, digits = FIELDS[name]
+    text = f"{factor * mean(numbers):.{digits}f}"
+    spread = factor * (max(numbers) - min(numbers)) / 2
+    return f"{text} ± {spread:.{digits}f}" if spread else text
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(_line(cells, widths) for cells in [lines[0], rule, *lines[1:]])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([first.strip().ljust(widths[0]), *rest])
