@@ -1,1 +1,32 @@
-"""Token reduction."""
+"""Token reduction in JAX: one noun (TokenMap), five verbs, methods as short compositions."""
+
+from tokred.maps import Assign, Keep, Mix, TokenMap, compose
+from tokred.methods import get_method, list_methods, make_plan, register
+from tokred.models import ViT, ViTConfig, vit_config
+from tokred.plan import Ask, Call, Layout, Plan, Reduction, Report, Site
+from tokred.tokens import Tokens, make_tokens, move
+
+__all__ = [
+    "Ask",
+    "Assign",
+    "Call",
+    "Keep",
+    "Layout",
+    "Mix",
+    "Plan",
+    "Reduction",
+    "Report",
+    "Site",
+    "TokenMap",
+    "Tokens",
+    "ViT",
+    "ViTConfig",
+    "compose",
+    "get_method",
+    "list_methods",
+    "make_plan",
+    "make_tokens",
+    "move",
+    "register",
+    "vit_config",
+]

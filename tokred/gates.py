@@ -39,7 +39,12 @@ class StraightThrough:
         return None
 
     def update(
-        self, logits: Float[Array, "*B N"], state: Any = None, *, key: Any = None, train: bool = False
+        self,
+        logits: Float[Array, "*B N"],
+        state: Any = None,
+        *,
+        key: Any = None,
+        train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
         soft = jax.nn.sigmoid(logits)
         return straight_through((soft > self.threshold).astype(soft.dtype), soft), state, {}
@@ -65,10 +70,11 @@ class Gumbel:
         key: PRNGKeyArray | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
-        if train and key is None:
-            raise ValueError("gates.Gumbel: training draws noise; pass key= (Call(key=...)).")
-        noise = jax.random.gumbel(key, logits.shape, logits.dtype) if train else 0.0
-        soft = jax.nn.softmax((logits + noise) / self.temperature, axis=-1)[..., 0]
+        if train:
+            if key is None:
+                raise ValueError("gates.Gumbel: training draws noise; pass key= (Call(key=...)).")
+            logits = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+        soft = jax.nn.softmax(logits / self.temperature, axis=-1)[..., 0]
         return straight_through((soft >= 0.5).astype(soft.dtype), soft), state, {}
 
 
@@ -82,7 +88,12 @@ class SigmoidBias:
         return None
 
     def update(
-        self, logits: Float[Array, "*B N"], state: Any = None, *, key: Any = None, train: bool = False
+        self,
+        logits: Float[Array, "*B N"],
+        state: Any = None,
+        *,
+        key: Any = None,
+        train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
         return self.scale * jax.nn.sigmoid(-logits), state, {}
 

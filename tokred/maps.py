@@ -101,9 +101,9 @@ class _Map:
         (Mixture-of-Depths is fill=x). Gradient: to y and fill.
         """
         axis = self._axis(y, axis, self.k)
-        back = gather(y, jnp.maximum(self.source, 0), axis=axis)
-        here = aligned(self.source, y.ndim, axis) >= 0
-        return jnp.where(here, back, jnp.asarray(fill, y.dtype))
+        source = self.source
+        back = gather(y, jnp.maximum(source, 0), axis=axis)
+        return jnp.where(aligned(source, y.ndim, axis) >= 0, back, jnp.asarray(fill, y.dtype))
 
     def sizes(self, size: Float[Array, "*B N"] | None = None) -> Float[Array, "*B K"]:
         """How many tokens (or, given `size`, originals) each output stands for."""
@@ -305,8 +305,7 @@ def _like(y: Array, x: Array) -> Array:
 
 def _product(matrix: Array, x: Array, axis: int) -> Array:
     """matrix [*I K N] times x along `axis`, accumulated in float32."""
-    lead = axis - (matrix.ndim - 2)
-    tail = x.ndim - axis - 1
+    lead, tail = axis - (matrix.ndim - 2), x.ndim - axis - 1
     rows = jnp.moveaxis(x, axis, -1)  # [*L *T N]
     shape = (1,) * lead + matrix.shape[:-2] + (1,) * tail + matrix.shape[-2:]
     matrix = matrix.reshape(shape)
@@ -332,11 +331,8 @@ def compose(first: TokenMap, second: TokenMap) -> TokenMap:
         return Keep(gather(first.index, second.index, axis=len(first.batch)), first.n, valid)
     if isinstance(first, Mix) or isinstance(second, Mix):
         return Mix(_product(second.dense(), first.dense(), len(first.batch)), second.valid)
-    return _compose_assign(_as_assign(first), _as_assign(second))
-
-
-def _as_assign(map_: Keep | Assign) -> Assign:
-    return map_.as_assign() if isinstance(map_, Keep) else map_
+    both = [m.as_assign() if isinstance(m, Keep) else m for m in (first, second)]
+    return _compose_assign(*both)
 
 
 def _compose_assign(first: Assign, second: Assign) -> Assign:

@@ -39,10 +39,12 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in LAYER_SITES + MODEL_SITES:
             raise ValueError(
-                f"Site: kind={self.kind!r} is no site{nearest(self.kind, LAYER_SITES + MODEL_SITES)}"
+                f"Site: {self.kind!r} is no site{nearest(self.kind, LAYER_SITES + MODEL_SITES)}"
             )
         if (self.kind in LAYER_SITES) != (self.layer is not None):
-            raise ValueError(f"Site {self.kind!r}: layer={self.layer}; only layer sites take a layer.")
+            raise ValueError(
+                f"Site {self.kind!r}: layer={self.layer}; only layer sites take a layer."
+            )
 
     @property
     def name(self) -> str:
@@ -69,7 +71,9 @@ class Ask:
 
     def __post_init__(self) -> None:
         if self.kind not in EVIDENCE:
-            raise ValueError(f"Ask: kind={self.kind!r} is no evidence{nearest(self.kind, EVIDENCE)}")
+            raise ValueError(
+                f"Ask: kind={self.kind!r} is no evidence{nearest(self.kind, EVIDENCE)}"
+            )
         if self.heads not in ("mean", "all"):
             raise ValueError(f"Ask: heads={self.heads!r} must be 'mean' or 'all'.")
 
@@ -135,7 +139,9 @@ class Reduction:
         """Multiply-accumulates of the reduction itself, per example."""
         return 0
 
-    def expected_count(self, n: Array | float, prefix: int, aux: Mapping[str, Array]) -> Array | float:
+    def expected_count(
+        self, n: Array | float, prefix: int, aux: Mapping[str, Array]
+    ) -> Array | float:
         """The soft twin's count after this site, differentiable where the rate is learned."""
         return self.counts(int(n), prefix)
 
@@ -265,8 +271,8 @@ def require_class_token(name: str, layout: Layout) -> None:
     """Raises ValueError where a method reads the class token and the model has none."""
     if not layout.class_token:
         raise ValueError(
-            f"{name}: needs a class token, which this model lacks; set class_token=True or choose a "
-            "method without that need (see `python -m tokred methods`)."
+            f"{name}: needs a class token, which this model lacks; set class_token=True or choose "
+            "a method without that need (see `python -m tokred methods`)."
         )
 
 

@@ -79,7 +79,14 @@ def ramp(depth: int, r: int | Sequence[int] | tuple[int, float]) -> tuple[int, .
 
 
 def warm_keep_rate(
-    iteration: int, epoch: int, *, warm: int, total: int, per_epoch: int, base: float, top: float = 1.0
+    iteration: int,
+    epoch: int,
+    *,
+    warm: int,
+    total: int,
+    per_epoch: int,
+    base: float,
+    top: float = 1.0,
 ) -> float:
     """EViT's keep rate in training: `top` for `warm` epochs, half a cosine to `base` until epoch
     `total`, then `base`. Source: youweiliang/evit `adjust_keep_rate`.

@@ -17,7 +17,7 @@ from tokred.tokens import make_tokens, move
 
 B, N, PAD, E, PREFIX = 2, 9, 4, 3, 1
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=8)
+few = settings(max_examples=6)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 # Each takes features [B N E], scores [B N] in [0, 1) and valid.
@@ -161,7 +161,7 @@ def test_a_threshold_counts_what_did_not_fit():
 @few
 def test_bipartite_merges_the_most_similar_pairs(seed):
     _, x, scores = inputs(seed)
-    map_, _, tokens = run("match_bipartite", x, scores, None)
+    map_, _, _ = run("match_bipartite", x, scores, None)
     similar = np.asarray(cosine(x[:, 2::2], x[:, 1::2]))  # even tokens but the prefix, odd tokens
     for b in range(B):
         merged = np.argsort(-similar[b].max(-1), kind="stable")[:3]

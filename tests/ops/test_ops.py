@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,17 +125,15 @@ def by_formula(q, k, v, bias=None, valid=None, policy=None, scale=E**-0.5):
 @pytest.mark.parametrize("fields", ["", "bias", "valid", "bias valid", "bias valid policy"])
 def test_attention_is_the_formula(fields, scale):
     q, k, v, bias, policy = attention_inputs()
-    given = {"bias": bias, "valid": VALID, "policy": policy}
-    given = {name: given[name] for name in fields.split()}
-    plain = {"scale": E**-0.5 if scale is None else scale}
-    wanted, probs = by_formula(q, k, v, **given, **plain)
-    zero = {"policy_eps": 0.0} if "policy" in given else {}
-    close(attention(q, k, v, scale=scale, **given, **zero), wanted)
-    close(attention_probs(q, k, scale=scale, **given, **zero), probs)
+    named = {"bias": bias, "valid": VALID, "policy": policy}
+    given: dict[str, Any] = {name: named[name] for name in fields.split()}
+    wanted, probs = by_formula(q, k, v, **given, scale=E**-0.5 if scale is None else scale)
+    close(attention(q, k, v, scale=scale, policy_eps=0.0, **given), wanted)
+    close(attention_probs(q, k, scale=scale, policy_eps=0.0, **given), probs)
 
 
 def test_the_epsilon_of_a_policy_is_shared_by_valid_keys():
-    q, k, v, _, policy = attention_inputs()
+    q, k, _, _, policy = attention_inputs()
     probs = attention_probs(q, k, valid=VALID, policy=policy, policy_eps=0.5)
     close(probs.sum(-1), np.ones((B, H, N)))
     assert not np.asarray(probs)[~np.broadcast_to(VALID[:, None, None], probs.shape)].any()
@@ -158,9 +157,10 @@ def test_fused_attention_agrees_with_its_reference(lead):
 def test_bfloat16_keeps_the_precision_of_the_bias():
     q, k, v, bias, _ = attention_inputs()
     half = [a.astype(jnp.bfloat16) for a in (q, k, v)]
-    wanted, _ = by_formula(*[a.astype(jnp.float32) for a in half], bias + 3)
+    q, k, v = (a.astype(jnp.float32) for a in half)
+    wanted, _ = by_formula(q, k, v, bias + 3)
     for name in ("xla", "reference"):
-        y = attention(*half, bias=bias + 3, implementation=name)
+        y = attention(half[0], half[1], half[2], bias=bias + 3, implementation=name)
         assert y.dtype == jnp.bfloat16
         np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=2e-2)
 
@@ -183,7 +183,7 @@ def test_no_valid_key_stays_finite(name, policy):
 @pytest.mark.parametrize("policy", [False, True])
 def test_rows_and_column_means_are_parts_of_the_probabilities(policy):
     q, k, _, bias, gate = attention_inputs()
-    given = {"bias": bias, "valid": VALID} | ({"policy": gate} if policy else {})
+    given: dict[str, Any] = {"bias": bias, "valid": VALID, "policy": gate if policy else None}
     probs = attention_probs(q, k, **given)
     close(attention_rows(q[:, 2:4], k, own=jnp.array([2, 3]), **given), probs[:, :, 2:4])
     for block in (2, 4, 128):
@@ -266,4 +266,4 @@ def collectives(f, x, given) -> list[str]:
         return f(x, given), back([jnp.cos(a) for a in y])
 
     compiled = jax.jit(both, in_shardings=batch, out_shardings=batch).lower(x, given).compile()
-    return COLLECTIVE.findall(compiled.as_text())
+    return COLLECTIVE.findall(compiled.as_text() or "")

@@ -76,7 +76,7 @@ def choose_plan(config: ViTConfig, name: str, keep: float | None, ratio: float |
     return make_plan(name, config.layout, keep=keep)
 
 
-def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], nnx.State]:
+def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], Any]:
     """(f, state): f(state, images, key) gives the logits [B classes] under the packed plan.
 
     Learned reductions get modules with random weights.
@@ -84,7 +84,7 @@ def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], nnx.State]:
     modules = nnx.Dict(plan.build(model.config.layout, nnx.Rngs(0)))
     graph, state = nnx.split((model, modules))
 
-    def f(state: nnx.State, images: Array, key: Array) -> Array:
+    def f(state: Any, images: Array, key: Array) -> Array:
         model, modules = nnx.merge(graph, state)
         return model(images, plan=plan, call=Call(modules=modules, key=key))[0]
 

@@ -25,32 +25,29 @@ def macs(config: ViTConfig, plan: Plan = DENSE) -> int:
     Raises:
       ValueError: a plan that does not fit the model.
     """
-    plan.counts(config.layout)
-
-    def count(site: Site, reduction: Reduction, n: Number) -> Number:
-        stays = plan.twin == "soft" and reduction.soft
-        return n if stays else reduction.counts(n, config.layout.prefix)
-
-    return round(_total(config, _walk(config, plan, count)))
+    walk = _whole(config, plan)
+    return round(_model(config, walk) + _reductions(config, plan, walk))
 
 
 def expected_macs(config: ViTConfig, plan: Plan, report: Report) -> Float[Array, ""] | float:
     """What the packed plan would cost at the rates that a soft run reports.
 
     Every soft reduction leaves its `expected_count`, differentiable in what `report.aux` holds;
-    the others leave the integers of the plan.
+    the others leave the integers of the plan. What the reductions themselves cost is taken at
+    those integers: a constant, a percent or two.
 
     Raises:
       ValueError: a plan that does not fit the model, or a report of another plan.
     """
-    plan.check(config.layout)
+    packed = plan.with_twin("packed")
 
     def count(site: Site, reduction: Reduction, n: Number) -> Number:
         if plan.twin != "soft" or not reduction.soft:
             return reduction.counts(n, config.layout.prefix)
         return reduction.expected_count(n, config.layout.prefix, _aux(report.aux, site, plan))
 
-    return _total(config, _walk(config, plan, count)) * 1.0
+    expected = _model(config, _walk(config, plan, count))
+    return 1.0 * (expected + _reductions(config, packed, _whole(config, packed)))
 
 
 def _aux(aux: Mapping[str, Mapping[str, Array]], site: Site, plan: Plan) -> Mapping[str, Array]:
@@ -74,11 +71,22 @@ class _Layer:
 
 @dataclass
 class _Walk:
-    """What a walk through the model meets: layers, and reductions with their (n in, n out)."""
+    """What a walk through the model meets: layers, reductions and what they store, with n."""
 
     layers: list[_Layer] = field(default_factory=list)
-    reductions: list[tuple[Site, Reduction, Number, Number]] = field(default_factory=list)
+    reductions: list[tuple[Site, Reduction, Number]] = field(default_factory=list)
     stored: list[tuple[Ask, Number]] = field(default_factory=list)
+
+
+def _whole(config: ViTConfig, plan: Plan) -> _Walk:
+    """The walk in whole tokens."""
+    plan.counts(config.layout)
+
+    def count(site: Site, reduction: Reduction, n: int) -> int:
+        stays = plan.twin == "soft" and reduction.soft
+        return n if stays else reduction.counts(n, config.layout.prefix)
+
+    return _walk(config, plan, count)
 
 
 def _walk(config: ViTConfig, plan: Plan, count: Callable[..., Number]) -> _Walk:
@@ -86,9 +94,8 @@ def _walk(config: ViTConfig, plan: Plan, count: Callable[..., Number]) -> _Walk:
 
     def after(kind: str, layer: int | None, n: Number) -> Number:
         for site, reduction in plan.at(kind, layer):
-            k = count(site, reduction, n)
-            walk.reductions.append((site, reduction, n, k))
-            n = k
+            walk.reductions.append((site, reduction, n))
+            n = count(site, reduction, n)
         return n
 
     n = after("input", None, config.layout.tokens)
@@ -113,11 +120,10 @@ def _differ(a: Number, b: Number) -> bool:
     return not (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
-def _total(config: ViTConfig, walk: _Walk) -> Number:
+def _model(config: ViTConfig, walk: _Walk) -> Number:
+    """The model alone: embedding, layers, head."""
     ends = _embedding(config) + config.width * config.classes
-    layers = sum(_layer(config, layer) for layer in walk.layers)
-    stored = sum(_evidence(config, ask, n, True) for ask, n in walk.stored)
-    return ends + layers + stored + sum(_reduction(config, *met) for met in walk.reductions)
+    return ends + sum(_layer(config, layer) for layer in walk.layers)
 
 
 def _embedding(config: ViTConfig) -> int:
@@ -133,17 +139,24 @@ def _layer(config: ViTConfig, at: _Layer) -> Number:
     return projections + 2 * at.queries * at.keys * width + mlp
 
 
-def _reduction(config: ViTConfig, site: Site, reduction: Reduction, n: Number, k: Number) -> Number:
-    if not (reduction.soft or _differ(n, k)):
-        return 0
+def _reductions(config: ViTConfig, plan: Plan, walk: _Walk) -> int:
+    """The reductions that act, and the evidence they read."""
+    total = sum(_evidence(config, ask, n, True) for ask, n in walk.stored)
+    for site, reduction, n in walk.reductions:
+        gates = plan.twin == "soft" and reduction.soft
+        if gates or not reduction.idle(n, config.layout.prefix):
+            total += _reduction(config, site, reduction, n)
+    return total
+
+
+def _reduction(config: ViTConfig, site: Site, reduction: Reduction, n: int) -> int:
     seen = site.kind in ("keys", "inside", "mid")
     asks = [ask for ask in reduction.asks if ask.layer >= 0]
-    return reduction.macs(n, config.layout) + sum(
-        _evidence(config, ask, n, seen and ask.layer == 0) for ask in asks
-    )
+    evidence = [_evidence(config, ask, n, seen and ask.layer == 0) for ask in asks]
+    return reduction.macs(n, config.layout) + sum(evidence)
 
 
-def _evidence(config: ViTConfig, ask: Ask, n: Number, seen: bool) -> Number:
+def _evidence(config: ViTConfig, ask: Ask, n: int, seen: bool) -> int:
     """Evidence about `n` tokens; what the layer has not projected itself is projected for it."""
     width, heads = config.width, config.heads
     projections = 0 if seen else PROJECTIONS.get(ask.kind, 0) * n * width**2

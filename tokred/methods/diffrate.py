@@ -228,7 +228,12 @@ def _schedule(
     learned=True,
     needs=("class token",),
     twins="different",
-    golden=("core/diffrate_rate", "core/diffrate_merge", "core/diffrate_deit", "core/diffrate_schedule"),
+    golden=(
+        "core/diffrate_rate",
+        "core/diffrate_merge",
+        "core/diffrate_deit",
+        "core/diffrate_schedule",
+    ),
     paper="DiffRate 2023",
 )
 def diffrate(

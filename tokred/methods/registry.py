@@ -41,7 +41,7 @@ class Method:
 
 
 def register(name: str, **about: Any) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Decorates a function (layout, *, keep, ...) -> Plan; its docstring's first line is the summary.
+    """Decorates (layout, *, keep, ...) -> Plan; the docstring's first line is the summary.
 
     Raises:
       ValueError: the name is taken.
@@ -65,7 +65,9 @@ def list_methods() -> tuple[Method, ...]:
 def get_method(name: str) -> Method:
     """The method called `name`. Raises ValueError with the nearest name."""
     if name not in _METHODS:
-        raise ValueError(f"method {name!r} is unknown{nearest(name, _METHODS) or '; see list_methods().'}")
+        raise ValueError(
+            f"method {name!r} is unknown{nearest(name, _METHODS) or '; see list_methods().'}"
+        )
     return _METHODS[name]
 
 
@@ -73,7 +75,7 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
     """The Plan of a method on a model, checked.
 
     Raises:
-      ValueError: unknown method or option, a keep ratio outside (0, 1], or a plan that does not fit.
+      ValueError: unknown method or option, keep outside (0, 1], or a plan that does not fit.
     """
     method = get_method(name)
     for option in options:
@@ -85,7 +87,9 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
             )
     keep = options.get("keep", 1.0)
     if not (isinstance(keep, (int, float)) and 0 < keep <= 1):
-        raise ValueError(f"method {name!r}: keep={keep} must lie in (0, 1]; it is a ratio of tokens.")
+        raise ValueError(
+            f"method {name!r}: keep={keep} must lie in (0, 1]; it is a ratio of tokens."
+        )
     if "class token" in method.needs:
         require_class_token(f"method {name!r}", layout)
     plan = method.make(layout, **options)

@@ -3,6 +3,7 @@
 Official code: facebookresearch/ToMe (CC-BY-NC 4.0).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,9 +64,7 @@ class ToMeRandom(ToMe):
             raise ValueError("method 'tome_random': draws need a key; pass call=Call(key=...).")
         draws = score_by_chance(key, (*tokens.batch, tokens.n))
         r = tokens.n - self.counts(tokens.n, tokens.prefix)
-        return match_random(
-            evidence[KEYS.name], r, draws, prefix=tokens.prefix, valid=tokens.valid
-        )
+        return match_random(evidence[KEYS.name], r, draws, prefix=tokens.prefix, valid=tokens.valid)
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,7 @@ class ToMeKth(ToMe):
         return stay * (self.every - 1) * stay * (layout.width // layout.heads)
 
     def select(self, tokens: Tokens, evidence: Mapping[str, Array], *, key: Any) -> Assign:
-        return match_kth(
-            evidence[KEYS.name], self.every, prefix=tokens.prefix, valid=tokens.valid
-        )
+        return match_kth(evidence[KEYS.name], self.every, prefix=tokens.prefix, valid=tokens.valid)
 
 
 def removals(layout: Layout, keep: float, r: Any) -> tuple[int, ...]:
@@ -93,7 +90,7 @@ def removals(layout: Layout, keep: float, r: Any) -> tuple[int, ...]:
         return ramp(layout.depth, r)
     n = layout.tokens - layout.prefix
     left = (n, *linear(n, keep, range(layout.depth)))
-    return tuple(a - b for a, b in zip(left, left[1:], strict=False))
+    return tuple(a - b for a, b in itertools.pairwise(left))
 
 
 def _merging(name: str, kind: type[ToMe], layout: Layout, keep: float, r: Any, prop: bool) -> Plan:

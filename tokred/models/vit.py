@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from tokred.nn.block import Block
@@ -104,7 +105,9 @@ class ViTConfig:
 
 def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"ViTConfig: {field}={value!r} must be one of {known}{nearest(value, known)}")
+        raise ValueError(
+            f"ViTConfig: {field}={value!r} must be one of {known}{nearest(value, known)}"
+        )
 
 
 def vit_config(name: str, **changes: Any) -> ViTConfig:
@@ -236,7 +239,9 @@ class ViT(nnx.Module):
 
         def body(carry: Tokens, layer: tuple) -> tuple[Tokens, None]:
             state, rate, key = layer
-            here = Here([nnx.merge(graph, state)], 0, DENSE, dataclasses.replace(call, key=key), rate)
+            here = Here(
+                [nnx.merge(graph, state)], 0, DENSE, dataclasses.replace(call, key=key), rate
+            )
             return run_block(here, carry)[0], None
 
         return jax.lax.scan(body, tokens, (stacked, rates, keys))[0]
@@ -263,7 +268,9 @@ def _at_model(
 ) -> tuple[Tokens, tuple[Record, ...]]:
     def give(ask: Any) -> Array:
         if ask.kind != "hidden":
-            raise ValueError(f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}.")
+            raise ValueError(
+                f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}."
+            )
         return tokens.x
 
     return reduce_at(plan, Site(kind), tokens, give, call)
@@ -307,5 +314,5 @@ def check_images(images: Any, config: ViTConfig) -> None:
         raise TypeError(
             f"images: expected floats, got {images.dtype}; normalise them (for example x / 255.0)."
         )
-    if not isinstance(images, jax.core.Tracer) and not np.isfinite(images).all():
+    if not isinstance(images, Tracer) and not np.isfinite(images).all():
         raise ValueError("images: found NaN or infinite pixels; clean the input before the model.")

@@ -47,7 +47,7 @@ class Here:
         if ask.layer < 0:
             if ask.name not in tokens.extra:
                 raise ValueError(
-                    f"Ask {ask.name!r} at layer {self.layer}: no layer {self.layer + ask.layer} has "
+                    f"Ask {ask.name!r} at layer {self.layer}: layer {self.layer + ask.layer} has not "
                     "stored it; move the reduction to a later layer."
                 )
             return tokens.extra[ask.name]
@@ -101,16 +101,17 @@ def _around(here: Here, kind: str, tokens: Tokens, inner: Callable) -> tuple:
     aux 'kept_weight' [*B K] and 'skip_scale' [*B N] are optional, both default 1.
     """
     reduced, records = here.reduce(kind, tokens)
-    if all(record.map is None for record in records):
-        out, more, source = inner(here, reduced)
-        return out, records + more, source
-    if len(records) > 1:
-        raise ValueError(f"Plan: one reduction at most can stand at {kind}_{here.layer}.")
     out, more, source = inner(here, reduced)
+    moved = [(record.map, record.aux) for record in records if record.map is not None]
+    if not moved:
+        return out, records + more, source
+    if len(moved) > 1:
+        raise ValueError(f"Plan: one reduction at most can stand at {kind}_{here.layer}.")
+    [(map_, aux)] = moved
     update = out.x - reduced.x
-    weight, skip = (records[0].aux.get(name) for name in ("kept_weight", "skip_scale"))
+    weight, skip = (aux.get(name) for name in ("kept_weight", "skip_scale"))
     update = update if weight is None else update * weight[..., None].astype(update.dtype)
-    x = _skipped(tokens.x, records[0].map, skip) + records[0].map.restore(update)
+    x = _skipped(tokens.x, map_, skip) + map_.restore(update)
     return tokens.replace(x=x), records + more, source
 
 

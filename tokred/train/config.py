@@ -18,10 +18,11 @@ from tokred.models.vit import ViTConfig
 from tokred.plan import nearest
 
 DTYPES = ("dtype", "param_dtype")
+Config = Any  # a locked ConfigDict; type checkers cannot know its fields
 FREE = "options"  # a section with this name takes any key; make_plan checks them
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """Every field of a job with its default; locked, so that recipes cannot misspell one.
 
     seed: of weights, order of data and draws. model: fields of ViTConfig. train: the first stage,
@@ -74,7 +75,7 @@ def _model_defaults() -> dict[str, Any]:
     return {**values, "dtype": None, "param_dtype": "float32"}
 
 
-def finish(config: ConfigDict, arg: str) -> ConfigDict:
+def finish(config: Config, arg: str) -> Config:
     """The recipe, or for arg='smoke' a copy that runs in seconds.
 
     Raises:
@@ -85,7 +86,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     return shrink(config) if arg else config
 
 
-def shrink(config: ConfigDict) -> ConfigDict:
+def shrink(config: Config) -> Config:
     """Two layers and a few steps: everything runs, nothing is learned."""
     small = config.copy_and_resolve_references()
     with small.unlocked():
@@ -99,7 +100,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return small
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """The config of 'configs/NAME.py' or 'configs/NAME.py:smoke', changed by 'a.b=value' strings.
 
     Raises:
@@ -113,7 +114,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _find_get_config(path: Path) -> Callable[[str], ConfigDict]:
+def _find_get_config(path: Path) -> Callable[[str], Config]:
     if not path.is_file():
         known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
         raise FileNotFoundError(
@@ -136,7 +137,7 @@ def _split_override(override: str) -> tuple[str, str]:
     return path, value
 
 
-def set_field(config: ConfigDict, path: str, text: str) -> None:
+def set_field(config: Config, path: str, text: str) -> None:
     """Sets 'a.b' to the value that `text` spells.
 
     Raises:
@@ -158,7 +159,7 @@ def set_field(config: ConfigDict, path: str, text: str) -> None:
         section[last] = _convert(text, section[last], path)
 
 
-def _require_field(section: ConfigDict, name: str, path: str) -> None:
+def _require_field(section: Config, name: str, path: str) -> None:
     if name not in section:
         known = list(section.keys())
         hint = nearest(name, known) or f"; its section has {', '.join(map(str, known))}"
@@ -174,7 +175,8 @@ def _convert(text: str, old: Any, path: str) -> Any:
     fits = old is None or isinstance(value, tuple | list if isinstance(old, tuple) else type(old))
     if not fits or (isinstance(value, bool) and not isinstance(old, bool | None)):
         raise ValueError(
-            f"config.{path} must be {type(old).__name__} like {old!r}, got {text!r}; change the value."
+            f"config.{path} must be {type(old).__name__} like {old!r}, got {text!r}; "
+            "change the value."
         )
     return tuple(value) if isinstance(value, list) else value
 
@@ -186,7 +188,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: Config) -> dict[str, Any]:
     """The config as plain dicts and lists."""
     return _plain(config.to_dict())
 
@@ -197,12 +199,12 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def from_json(fields: Mapping[str, Any]) -> ConfigDict:
+def from_json(fields: Mapping[str, Any]) -> Config:
     """The config that `to_json` gave."""
     return ConfigDict(fields, convert_dict=True).lock()
 
 
-def model_config(config: ConfigDict) -> ViTConfig:
+def model_config(config: Config) -> ViTConfig:
     """The ViTConfig of config.model.
 
     Raises:

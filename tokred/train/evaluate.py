@@ -1,13 +1,13 @@
 """Rows of results: every method on the same weights and images, at one budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tokred import cost, viz
 from tokred.methods import make_plan
@@ -62,22 +62,81 @@ def _ratio(setup: Setup, plan: Plan) -> float:
     return cost.macs(setup.model, plan) / cost.macs(setup.model)
 
 
-def make_rows(
-    setup: Setup, params: Arrays, inputs: Inputs, plans: Plans, *, progress: bool = True
-) -> list[Row]:
+def make_rows(setup: Setup, params: Arrays, inputs: Inputs, plans: Plans) -> list[Row]:
     """A row per plan: accuracy and recall in [0, 1], MACs and milliseconds of one image.
 
     'recall' is None where the data has no mask. 'keep' is None for dense and for what was learned.
     Times are medians of rounds in which all plans take turns. With config.finetune.steps every
     plan is first trained for so long from the same weights.
     """
-    tuned = {name: finetune(setup, params, inputs, name, plan) for name, (plan, _) in plans.items()}
-    batches = list(inputs.eval_batches()) if inputs.small else inputs
-    times = time_plans(setup, tuned, batches, plans)
+    tuned = {n: finetune(setup, params, inputs, plan) for n, (plan, _) in plans.items()}
+    times = time_plans(setup, tuned, inputs, plans)
     rows = []
     for name, (plan, keep) in plans.items():
-        scores = evaluate(setup, tuned[name], plan, batches)
-        row = {"method": name, "seed": setup.config.seed, **scores, "keep": keep}
+        row = {"method": name, "seed": setup.config.seed, "keep": keep}
+        row |= evaluate(setup, tuned[name], inputs, plan)
         row |= {"macs": cost.macs(setup.model, plan), "macs_ratio": _ratio(setup, plan)}
         rows.append(row | {"ms": times[name], "ms_ratio": times[name] / times["dense"]})
     return rows
+
+
+def evaluate(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan) -> dict[str, float | None]:
+    """'accuracy' and 'recall' (None without masks) of one plan over all evaluation passes."""
+    step = make_eval_step(setup.skeleton, plan, setup.layout)
+    key, totals = seed_key(setup.config, -1), {}
+    for i, batch in enumerate(inputs.eval_batches()):
+        sums = step(params, setup.rest, dict(batch), jax.random.fold_in(key, i))
+        totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
+    share = {name: float(value / totals["count"]) for name, value in totals.items()}
+    return {"accuracy": share["correct"], "recall": share.get("recall")}
+
+
+def time_plans(
+    setup: Setup, params: Mapping[str, Arrays], inputs: Inputs, plans: Plans
+) -> dict[str, float]:
+    """Milliseconds of one image by name: forward pass of one batch, on the default device."""
+    first = next(iter(inputs.eval_batches()))["image"]
+    images = jnp.asarray(np.resize(first, (setup.config.evaluate.time_batch, *first.shape[1:])))
+    key = seed_key(setup.config, -1)
+
+    def call(name: str, plan: Plan) -> Callable[[], Array]:
+        forward = make_forward(setup.skeleton, plan)
+        return lambda: forward(params[name], setup.rest, images, key)[0]
+
+    calls = {name: call(name, plan) for name, (plan, _) in plans.items()}
+    timings = cost.time_rounds(calls, rounds=setup.config.evaluate.rounds)
+    return {name: 1e3 * timing.median / len(images) for name, timing in timings.items()}
+
+
+def finetune(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan) -> Arrays:
+    """The weights after config.finetune.steps under the plan; the same batches for every plan."""
+    config = setup.config
+    if not config.finetune.steps:
+        return params
+    objective = Objective(plan, label_smoothing=config.loss.label_smoothing)
+    optimizer = {**config.optimizer, "lr": config.finetune.lr}
+    stage = Stage(f"tune {plan.name}", objective, config.finetune.steps, WEIGHTS, optimizer)
+    copy = jax.tree.map(jnp.copy, params)
+    batches = inputs.train_batches(config.seed + len(setup.stages))
+    key = seed_key(config, len(setup.stages))
+    state = stage.init(copy, jax.tree.map(jnp.copy, setup.rest))
+    return run_stage(stage, setup.skeleton, state, batches, key=key, progress=config.log.progress)[
+        "params"
+    ]
+
+
+def draw(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan, workdir: Path) -> None:
+    """tokens.png: what the plan keeps and merges in the first test images."""
+    batch = next(iter(inputs.eval_batches()))
+    count = setup.config.evaluate.pictures
+    images = batch["image"][:count]
+    forward = make_forward(setup.skeleton, plan)
+    _, report = forward(params, setup.rest, images, seed_key(setup.config, -1))
+    viz.plot_tokens(
+        images,
+        [np.asarray(source) for source in report.sources],
+        grid=setup.layout.grid,
+        prefix=setup.layout.prefix,
+        path=workdir / "tokens.png",
+        masks=batch["mask"][:count] if "mask" in batch else None,
+    )

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from tokred.data.digits import Canvas, DigitSource
 from tokred.data.pipeline import Batches, Source, Transform, eval_batches, train_batches
 from tokred.data.tfds_images import find_image_set, open_source
 from tokred.models.vit import ViTConfig
+from tokred.train.config import Config
 
 SPLITS = ("train", "test")
 EVAL_SEED = 1000  # the same placements for every model and every method
@@ -46,7 +46,7 @@ class Inputs:
             )
 
 
-def make_inputs(config: ConfigDict, model: ViTConfig) -> Inputs:
+def make_inputs(config: Config, model: ViTConfig) -> Inputs:
     """The inputs of config.data, sized for the model.
 
     Raises:

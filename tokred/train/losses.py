@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tokred import cost
 from tokred.plan import Call, Plan
 
+DENSE = Plan()
 UNITS = ("ratio", "giga")
 
 
@@ -58,7 +59,7 @@ class Objective:
     target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`.
     """
 
-    plan: Plan = Plan()
+    plan: Plan = DENSE
     label_smoothing: float = 0.0
     macs_weight: float = 0.0
     target: float = 1.0
@@ -73,7 +74,7 @@ class Objective:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """(loss, metrics of the batch: loss, accuracy, macs_ratio and every part of the loss)."""
         logits, report = model(batch["image"], plan=self.plan, call=Call(key=key, train=True))
-        dense = cost.macs(model.config, Plan())
+        dense = cost.macs(model.config)
         expected = jnp.asarray(cost.expected_macs(model.config, self.plan, report), jnp.float32)
         labels, smoothing = batch["label"], self.label_smoothing
         parts = {"cross_entropy": cross_entropy(logits, labels, smoothing=smoothing)}

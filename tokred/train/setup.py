@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from tokred.methods import diffrate, get_method, make_plan
 from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Layout, Plan
-from tokred.train.config import model_config
+from tokred.train.config import Config, model_config
 from tokred.train.loop import Stage
 from tokred.train.losses import Objective
 from tokred.train.state import Arrays, Skeleton, split_model
@@ -22,7 +21,7 @@ REDUCTIONS = "^reductions/"
 class Setup:
     """What a config fixes before any training; plans by the name of the stage."""
 
-    config: ConfigDict
+    config: Config
     model: ViTConfig
     skeleton: Skeleton
     params: Arrays
@@ -34,7 +33,7 @@ class Setup:
         return self.model.layout
 
 
-def make_setup(config: ConfigDict) -> Setup:
+def make_setup(config: Config) -> Setup:
     """The model with fresh weights, and the stages of training.
 
     Raises:
@@ -48,7 +47,7 @@ def make_setup(config: ConfigDict) -> Setup:
     return Setup(config, model, skeleton, params, rest, stages)
 
 
-def make_stages(config: ConfigDict, layout: Layout) -> tuple[Stage, ...]:
+def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
     train, rates = config.train, config.rates
     plan = soft_plan(train.method, layout, train.options)
@@ -95,6 +94,6 @@ def learned_plan(setup: Setup, params: Arrays) -> Plan | None:
     return make_plan("diffrate", setup.layout, **schedule)
 
 
-def seed_key(config: ConfigDict, purpose: int) -> jax.Array:
+def seed_key(config: Config, purpose: int) -> jax.Array:
     """A key for one purpose of the run: the number of a stage, or -1 for evaluation."""
     return jax.random.fold_in(jax.random.key(config.seed), purpose + 1)

@@ -48,7 +48,8 @@ def split_model(model: nnx.Module) -> tuple[Skeleton, Arrays, Arrays]:
         flat.append({path_name(path): leaf for path, leaf in leaves})
         trees.append(definition)
         names.append(tuple(flat[-1]))
-    return Skeleton(graph, *trees, tuple(names)), *flat
+    skeleton = Skeleton(graph, trees[0], trees[1], (names[0], names[1]))
+    return skeleton, flat[0], flat[1]
 
 
 def path_name(path: Sequence[Any]) -> str:
