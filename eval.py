@@ -10,7 +10,7 @@ from tokred.train.cli import Arguments, run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Arguments(description=__doc__.split("\n")[0])
+    parser = Arguments(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run of train.py")
     parser.add_argument("--macs", type=float, help="budget: MACs as a share of the dense model")
     parser.add_argument("--keep", type=float, help="budget: the methods' own keep ratio")

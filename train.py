@@ -10,7 +10,7 @@ from tokred.train.cli import Arguments, run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Arguments(description=__doc__.split("\n")[0])
+    parser = Arguments(description=__doc__)
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:smoke")
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
     args, overrides = parser.read(argv)

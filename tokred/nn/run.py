@@ -47,8 +47,8 @@ class Here:
         if ask.layer < 0:
             if ask.name not in tokens.extra:
                 raise ValueError(
-                    f"Ask {ask.name!r} at layer {self.layer}: layer {self.layer + ask.layer} has not "
-                    "stored it; move the reduction to a later layer."
+                    f"Ask {ask.name!r} at layer {self.layer}: layer {self.layer + ask.layer} did not "
+                    "store it; move the reduction to a later layer."
                 )
             return tokens.extra[ask.name]
         if ask.kind == "hidden" or (seen is not None and ask.layer == 0):

@@ -168,8 +168,9 @@ def check_same(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
         )
         if wanted != found:
             raise ValueError(
-                f"the checkpoint is of another model: {name!r} should have shape {wanted or 'none'}, "
-                f"the checkpoint has {found or 'none'}; look at {_field(name)} in the config."
+                f"the checkpoint is of another model: {name!r} should have shape "
+                f"{wanted or 'none'}, the checkpoint has {found or 'none'}; look at {_field(name)} "
+                "in the config."
             )
 
 

@@ -75,6 +75,19 @@ def _model_defaults() -> dict[str, Any]:
     return {**values, "dtype": None, "param_dtype": "float32"}
 
 
+def digits_config() -> Config:
+    """What the digits recipes share: the model, and dense training of it for 3200 steps."""
+    config = default_config()
+    config.model.update({"image_size": (16, 16), "patch": (2, 2), "patch_kernel": 6})
+    config.model.update({"channels": 1, "classes": 10, "position": "learned_sincos"})
+    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_ratio": 2.0})
+    config.data.update({"name": "digits", "batch": 32, "shift": 1, "placements": 4})
+    config.train.steps = 3200
+    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.2})
+    config.loss.label_smoothing = 0.1
+    return config
+
+
 def finish(config: Config, arg: str) -> Config:
     """The recipe, or for arg='smoke' a copy that runs in seconds.
 
@@ -210,7 +223,9 @@ def model_config(config: Config) -> ViTConfig:
     Raises:
       ValueError: an unknown dtype, or fields that do not fit each other.
     """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in config.model.items()
+    }
     for name in DTYPES:
         fields[name] = _dtype(name, fields[name])
     return ViTConfig(**fields)

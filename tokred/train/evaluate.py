@@ -48,13 +48,14 @@ def choose_plans(
     free = keep is None and ratio is None
     if learned is not None and free and (methods is None or learned.name in methods):
         plans[learned.name] = (learned, None)
-    if ratio is None:
-        ratio = setup.config.evaluate.macs if learned is None else _ratio(setup, learned)
+    if ratio is None and learned is not None:
+        ratio = _ratio(setup, learned)
+    budget: float = setup.config.evaluate.macs if ratio is None else ratio
     for name in setup.config.evaluate.methods if methods is None else methods:
         if name not in plans and keep is not None:
             plans[name] = (make_plan(name, setup.layout, keep=keep), keep)
         elif name not in plans:
-            plans[name] = cost.solve_keep(setup.model, name, ratio)
+            plans[name] = cost.solve_keep(setup.model, name, budget)
     return plans
 
 
@@ -85,7 +86,7 @@ def evaluate(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan) -> dict[s
     step = make_eval_step(setup.skeleton, plan, setup.layout)
     key, totals = seed_key(setup.config, -1), {}
     for i, batch in enumerate(inputs.eval_batches()):
-        sums = step(params, setup.rest, dict(batch), jax.random.fold_in(key, i))
+        sums = step(params, setup.rest, batch, jax.random.fold_in(key, i))
         totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
     share = {name: float(value / totals["count"]) for name, value in totals.items()}
     return {"accuracy": share["correct"], "recall": share.get("recall")}
@@ -129,7 +130,7 @@ def draw(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan, workdir: Path
     """tokens.png: what the plan keeps and merges in the first test images."""
     batch = next(iter(inputs.eval_batches()))
     count = setup.config.evaluate.pictures
-    images = batch["image"][:count]
+    images = jnp.asarray(batch["image"][:count])
     forward = make_forward(setup.skeleton, plan)
     _, report = forward(params, setup.rest, images, seed_key(setup.config, -1))
     viz.plot_tokens(

@@ -84,7 +84,7 @@ def saver(setup: Setup, checkpoints: Checkpoints, number: int) -> Any:
 
 def resume(
     setup: Setup, checkpoints: Checkpoints
-) -> tuple[Arrays, int, State | None, Mapping[str, Any] | None]:
+) -> tuple[Arrays, int, State | None, dict[str, Any] | None]:
     """(parameters, number of the stage, its state, place in the data) to go on from.
 
     Raises:

@@ -15,7 +15,7 @@ from tokred.train.job import run_job, write_results
 
 def main(argv: Sequence[str]) -> None:
     """Runs every seed in turn; a seed that is finished is only evaluated again."""
-    parser = Arguments(description=__doc__.split("\n")[0])
+    parser = Arguments(description=__doc__)
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:smoke")
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")

@@ -13,7 +13,8 @@ from tokred.train.losses import Objective
 from tokred.train.metrics import batch_sums
 from tokred.train.state import Arrays, Skeleton, State
 
-TrainStep = Callable[[State, Mapping[str, Array], PRNGKeyArray], tuple[State, dict[str, Array]]]
+Batch = Mapping[str, Any]  # arrays of numpy or of JAX
+TrainStep = Callable[[State, Batch, PRNGKeyArray], tuple[State, dict[str, Array]]]
 
 
 def make_train_step(
@@ -29,9 +30,7 @@ def make_train_step(
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(
-        state: State, batch: Mapping[str, Array], key: PRNGKeyArray
-    ) -> tuple[State, dict[str, Array]]:
+    def train_step(state: State, batch: Batch, key: PRNGKeyArray) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(key, state["step"])
         learned = {name: state["params"][name] for name in trainable}
 
@@ -41,7 +40,8 @@ def make_train_step(
 
         gradients, metrics = jax.grad(loss_of, has_aux=True)(learned)
         updates, opt = tx.update(gradients, state["opt"], learned)
-        params = {**state["params"], **optax.apply_updates(learned, updates)}
+        fresh: Any = optax.apply_updates(learned, updates)
+        params = {**state["params"], **fresh}
         return {**state, "params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return train_step
@@ -61,13 +61,11 @@ def make_forward(
 
 def make_eval_step(
     skeleton: Skeleton, plan: Plan, layout: Layout
-) -> Callable[[Arrays, Arrays, Mapping[str, Array], Any], dict[str, Array]]:
+) -> Callable[[Arrays, Arrays, Batch, Any], dict[str, Array]]:
     """(params, rest, batch, key) -> sums over the valid rows; see `metrics.batch_sums`."""
 
     @jax.jit
-    def eval_step(
-        params: Arrays, rest: Arrays, batch: Mapping[str, Array], key: Any
-    ) -> dict[str, Array]:
+    def eval_step(params: Arrays, rest: Arrays, batch: Batch, key: Any) -> dict[str, Array]:
         model = skeleton.merge(params, rest)
         logits, report = model(batch["image"], plan=plan, call=Call(key=key))
         return batch_sums(logits, report.sources, batch, layout)
