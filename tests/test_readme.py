@@ -18,7 +18,7 @@ def commands() -> list[str]:
         return []
     blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", README.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if "python -m tokred" in line.split("#")[0]]
+    return [line for line in lines if re.search(r"python -m tokred(\s|$)", line.split("#")[0])]
 
 
 def test_the_table_of_methods_is_current():

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 def straight_through(value: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`value` forward, the gradient of `soft` backward."""
-    return jax.lax.stop_gradient(value) + soft - jax.lax.stop_gradient(soft)
+    """`value` forward, exactly, and the gradient of `soft` backward."""
+    return jax.lax.stop_gradient(value) + (soft - jax.lax.stop_gradient(soft))
 
 
 def ceil_through(x: Float[Array, "..."]) -> Float[Array, "..."]:

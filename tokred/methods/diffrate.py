@@ -229,10 +229,10 @@ def _schedule(
     needs=("class token",),
     twins="different",
     golden=(
-        "core/diffrate_rate",
-        "core/diffrate_merge",
-        "core/diffrate_deit",
-        "core/diffrate_schedule",
+        "core/diffrate__rate",
+        "core/diffrate__merge",
+        "core/diffrate__deit",
+        "core/diffrate__schedule",
     ),
     paper="DiffRate 2023",
 )

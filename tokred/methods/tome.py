@@ -39,9 +39,8 @@ class ToMe(Reduction):
         return (n // 2) * (n - n // 2) * (layout.width // layout.heads)
 
     def select(self, tokens: Tokens, evidence: Mapping[str, Array], *, key: Any) -> Assign:
-        return match_bipartite(
-            evidence[KEYS.name], self.r, prefix=tokens.prefix, valid=tokens.valid
-        )
+        r = tokens.n - self.counts(tokens.n, tokens.prefix)
+        return match_bipartite(evidence[KEYS.name], r, prefix=tokens.prefix, valid=tokens.valid)
 
     def move(self, tokens: Tokens, map_: TokenMap, evidence: Mapping[str, Array]) -> Tokens:
         moved = move(tokens, map_)

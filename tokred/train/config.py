@@ -67,7 +67,10 @@ def default_config() -> Config:
             "log": {"every": 50, "save_every": 1000, "tensorboard": True, "progress": True},
         }
     )
-    return config.lock()
+    config.lock()
+    for section in (config.train, config.rates):
+        section[FREE].unlock()
+    return config
 
 
 def _model_defaults() -> dict[str, Any]:
@@ -100,10 +103,10 @@ def finish(config: Config, arg: str) -> Config:
 
 
 def shrink(config: Config) -> Config:
-    """Two layers and a few steps: everything runs, nothing is learned."""
+    """A narrow model and a few steps: everything runs, nothing is learned."""
     small = config.copy_and_resolve_references()
     with small.unlocked():
-        small.model.update({"width": 16, "depth": 2, "heads": 2})
+        small.model.update({"width": 16, "depth": 4, "heads": 2})
         small.train.steps = 4
         small.rates.steps = min(small.rates.steps, 3)
         small.finetune.steps = min(small.finetune.steps, 2)
@@ -121,7 +124,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         another type.
     """
     path, _, arg = recipe.partition(":")
-    config = _find_get_config(Path(path))(arg)
+    try:
+        config = _find_get_config(Path(path))(arg)
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"recipe {path!r} sets a field that does not exist: {error}.") from error
     for override in overrides:
         set_field(config, *_split_override(override))
     return config
@@ -131,7 +137,7 @@ def _find_get_config(path: Path) -> Callable[[str], Config]:
     if not path.is_file():
         known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
         raise FileNotFoundError(
-            f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/.'}"
+            f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/'}."
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -59,6 +59,15 @@ def choose_plans(
     return plans
 
 
+def check_budget(setup: Setup) -> None:
+    """Raises ValueError where a method to be compared is unknown or far from the budget."""
+    rates = setup.config.rates
+    learns = rates.steps and rates.unit == "ratio"
+    ratio = rates.target if learns else setup.config.evaluate.macs
+    for name in setup.config.evaluate.methods:
+        cost.solve_keep(setup.model, name, ratio)
+
+
 def _ratio(setup: Setup, plan: Plan) -> float:
     return cost.macs(setup.model, plan) / cost.macs(setup.model)
 

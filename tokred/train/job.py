@@ -11,7 +11,7 @@ from tokred import viz
 from tokred.data.pipeline import Batches
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config, from_json, to_json
-from tokred.train.evaluate import Row, choose_plans, draw, make_rows
+from tokred.train.evaluate import Row, check_budget, choose_plans, draw, make_rows
 from tokred.train.inputs import Inputs, make_inputs
 from tokred.train.log import RunLog
 from tokred.train.loop import run_stage
@@ -31,6 +31,7 @@ def run_job(config: Config, workdir: Path) -> list[Row]:
       ValueError: a config that does not fit, or a workdir with a run of another config.
     """
     setup = make_setup(config)
+    check_budget(setup)
     inputs = make_inputs(config, setup.model)
     params = train(setup, inputs, workdir)
     rows = make_rows(setup, params, inputs, choose_plans(setup, params))
