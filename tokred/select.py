@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tokred.maps import Assign, Keep
-from tokred.ops import gather, top_k
+from tokred.ops import gather, segment_sum, top_k
 from tokred.ops.gather import aligned
 from tokred.score import cosine, mask_scores
 
@@ -162,9 +162,12 @@ def match_bipartite(
     source, unmerged = edges[..., :r], edges[..., r:]
     if prefix:
         unmerged = jnp.sort(unmerged, axis=-1)
-    destination = gather(partner, source, axis=partner.ndim - 1) * 2 + 1
-    stay = jnp.concatenate([unmerged * 2, _rows(odd, best.shape[:-1])], -1)
-    return _merge_pairs(source * 2, destination, stay, n, prefix, valid)
+    # The prefix in front: its even members lead `unmerged`, its odd ones `odd`.
+    batch, first, second = best.shape[:-1], (prefix + 1) // 2, prefix // 2
+    rest = [unmerged[..., first:] * 2, _rows(odd[second:], batch)]
+    stay = jnp.concatenate([_rows(range(prefix), batch), *rest], -1)
+    slot = gather(partner, source, axis=len(batch)) + prefix + len(even) - r - first - second
+    return _merge_pairs(source * 2, slot, stay, n, valid)
 
 
 def _hide(similar: Array, a: np.ndarray, b: np.ndarray, prefix: int, valid: Array | None) -> Array:
@@ -178,22 +181,13 @@ def _hide(similar: Array, a: np.ndarray, b: np.ndarray, prefix: int, valid: Arra
     return jnp.where(protected, PROTECTED, similar)
 
 
-def _merge_pairs(
-    source: Array, destination: Array, stay: Array, n: int, prefix: int, valid: Array | None
-) -> Assign:
-    """Tokens `source` [*B r] join `destination` [*B r]; `stay` [*B K] gives the output order,
-    in which the prefix is then brought to the front."""
-    if prefix:
-        front = _rows(range(prefix), stay.shape[:-1])
-        late = jnp.argsort(stay < prefix, axis=-1, stable=True)[..., : stay.shape[-1] - prefix]
-        stay = jnp.concatenate([front, jnp.take_along_axis(stay, late, axis=-1)], axis=-1)
-    k = stay.shape[-1]
-    slot = Keep(stay, n).source  # [*B N], -1 for sources and dropped tokens
-    axis = slot.ndim - 1
-    goes = gather(slot, destination, axis=axis)
-    joined = Keep(source, n).restore(goes, fill=-1) if source.shape[-1] else jnp.full_like(slot, -1)
-    target = jnp.maximum(slot, joined)
-    return merge_into(jnp.where(target < 0, k, target), k, stay, valid)
+def _merge_pairs(source: Array, slot: Array, stay: Array, n: int, valid: Array | None) -> Assign:
+    """Tokens `source` [*B r] join output `slot` [*B r]; `stay` [*B K] are the outputs' own
+    tokens in order; a token in neither is dropped."""
+    k, batch = stay.shape[-1], stay.shape[:-1]
+    goes = jnp.concatenate([_rows(range(k), batch), slot.astype(jnp.int32)], -1) - k
+    index = jnp.concatenate([stay, source], -1)
+    return merge_into(segment_sum(goes, index, n, axis=len(batch)) + k, k, stay, valid)
 
 
 def match_kth(
@@ -218,8 +212,7 @@ def match_kth(
     partner = _hide(similar, leave, last, prefix, valid).argmax(-1)
     batch = metric.shape[:-2]
     stay = _rows(np.concatenate([np.arange(prefix), last]), batch)
-    destination = partner * every + prefix + every - 1
-    return _merge_pairs(_rows(leave, batch), destination, stay, n, prefix, valid)
+    return _merge_pairs(_rows(leave, batch), partner + prefix, stay, n, valid)
 
 
 def match_random(
@@ -242,15 +235,15 @@ def match_random(
     draws = jnp.where(alive, draws, jnp.finfo(draws.dtype).max)
     draws = jnp.where(_row(jnp.arange(n) < prefix, draws.ndim), jnp.inf, draws)
     order = jnp.argsort(draws, axis=-1, stable=True).astype(jnp.int32)
-    source, stay = order[..., :r], order[..., r:]
+    # The prefix, drawn last, goes in front.
+    source, stay = order[..., :r], jnp.roll(order[..., r:], prefix, axis=-1)
     metric = jax.lax.stop_gradient(metric)
     axis = metric.ndim - 2
     rows = lambda index: gather(metric, index, axis=axis)  # noqa: E731
     similar = cosine(rows(source), rows(stay))
     hidden = (stay < prefix) | ~gather(alive, stay, axis=axis)
     similar = jnp.where(hidden[..., None, :], PROTECTED, similar)
-    destination = gather(stay, similar.argmax(-1), axis=axis)
-    return _merge_pairs(source, destination, stay, n, prefix, valid)
+    return _merge_pairs(source, similar.argmax(-1), stay, n, valid)
 
 
 def merge_to_nearest(
@@ -268,27 +261,27 @@ def merge_to_nearest(
     n = x.shape[-2]
     _check_range("merge_to_nearest", "k", k, prefix + 1, n)
     best, partner = nearest_kept(x, k, prefix=prefix, valid=valid)
-    slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), x.shape[:-1])
-    stays = slots < k
-    index = slots[..., :k]
-    map_ = merge_into(jnp.where(stays, slots, partner), k, index, valid)
-    return map_, jnp.where(stays, 1.0, best)
+    index = _rows(range(k), x.shape[:-2])
+    map_ = merge_into(jnp.concatenate([index, partner], -1), k, index, valid)
+    return map_, jnp.concatenate([jnp.ones(index.shape, best.dtype), best], -1)
 
 
 def nearest_kept(
     x: Float[Array, "*B N D"], k: int | Array, *, prefix: int = 0, valid: Array | None = None
-) -> tuple[Float[Array, "*B N"], Array]:
-    """Best cosine similarity of every token to the slots [prefix, k), and which slot it is.
+) -> tuple[Float[Array, "*B M"], Array]:
+    """Best cosine similarity to the slots [prefix, k), and which slot it is.
 
-    `k` may be traced (the soft twin): then all N x N pairs are compared.
+    For the M = N - k tokens from slot k on; with a traced `k` (the soft twin) for all M = N.
     """
     x = jax.lax.stop_gradient(x)
-    among = x[..., :k, :] if isinstance(k, int) else x
-    similar = cosine(x, among)
+    static = isinstance(k, int)
+    tail, among = (x[..., k:, :], x[..., :k, :]) if static else (x, x)
+    similar = cosine(tail, among)
     slot = jnp.arange(among.shape[-2])
     allowed = _row((slot >= prefix) & (slot < k), similar.ndim)
     if valid is not None:
-        allowed = allowed & valid[..., :, None] & valid[..., None, : among.shape[-2]]
+        late = valid[..., k:] if static else valid
+        allowed = allowed & late[..., :, None] & valid[..., None, : among.shape[-2]]
     similar = jnp.where(allowed, similar, PROTECTED)
     best, partner = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
     if valid is None:

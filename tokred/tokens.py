@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.maps import Keep, Mix, TokenMap, follow
+from tokred.ops.gather import aligned
 
 
 @functools.partial(
@@ -115,14 +116,17 @@ def move(
     """
     if isinstance(map_, Keep):
         return _kept(tokens, map_, map_.apply(tokens.x, how, weight=weight))
+    by_size = how is None and weight is None
+    if by_size and isinstance(map_, Mix):
+        how, by_size = "sum", False
     size = tokens.sizes()
-    average = lambda a: None if a is None else map_.apply(a, "weighted", weight=size)  # noqa: E731
     new_size = map_.sizes(size)
+    average = lambda a: None if a is None else _mean(map_, a, size, new_size)  # noqa: E731
     valid = map_.valid
     if valid is None and tokens.valid is not None:
         valid = new_size > 0
     return tokens.replace(
-        x=_features(tokens, map_, how, weight, size),
+        x=average(tokens.x) if by_size else map_.apply(tokens.x, how, weight=weight),
         valid=valid,
         size=new_size,
         position=_positions(tokens, map_, position, average, valid),
@@ -146,10 +150,12 @@ def _kept(tokens: Tokens, map_: Keep, x: Array) -> Tokens:
     )  # fmt: skip
 
 
-def _features(tokens: Tokens, map_: TokenMap, how: str | None, weight: Any, size: Array) -> Array:
-    if how is None and weight is None:
-        how, weight = ("sum", None) if isinstance(map_, Mix) else ("weighted", size)
-    return map_.apply(tokens.x, how, weight=weight)
+def _mean(map_: TokenMap, a: Array, size: Array, new_size: Array) -> Array:
+    """The size-weighted mean: map_.apply(a, 'weighted', weight=size), the sizes summed once."""
+    axis = size.ndim - 1
+    total = map_.apply(a.astype(jnp.float32) * aligned(size, a.ndim, axis), "sum")
+    mean = total / aligned(jnp.where(new_size == 0, 1.0, new_size), a.ndim, axis)
+    return mean.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else mean
 
 
 def _positions(tokens: Tokens, map_: TokenMap, rule: str, average: Any, valid: Any) -> Any:

@@ -58,7 +58,7 @@ class DiffRate(Reduction):
     def macs(self, n: int, layout: Layout) -> int:
         middle = min(n, self.prune_kept)
         k = min(middle, self.merge_kept)
-        return middle * k * layout.width if k < middle else 0
+        return (middle - k) * k * layout.width
 
     def build(self, width: int, heads: int, rngs: nnx.Rngs) -> RateLogits:
         return RateLogits(len(self.rate(0).candidates))
@@ -129,7 +129,8 @@ def _tighten(mask: Array, by: Array, active: Array) -> Array:
 
 
 def _merge_ranks(tokens: Tokens, kept: Array, middle: Array) -> tuple[Assign, Tokens]:
-    """Ranks [kept, middle) join the most similar of the ranks before; they stay as masked rows."""
+    """Ranks [kept, middle) join the most similar of the ranks before; they stay as masked rows,
+    with their features and sizes, which the gradient of the mask weighs."""
     n = tokens.n
     ranks = jnp.arange(n).reshape((1,) * middle.ndim + (-1,))
     best, partner = nearest_kept(tokens.x, kept, prefix=tokens.prefix, valid=tokens.valid)
@@ -137,11 +138,11 @@ def _merge_ranks(tokens: Tokens, kept: Array, middle: Array) -> tuple[Assign, To
     target = jnp.where(leaving, partner, ranks)
     groups = Assign(target, n)
     x = jnp.where(leaving[..., None], tokens.x, groups.apply(tokens.x, "mean"))
-    size = tokens.sizes()
-    given = jnp.where(leaving, jnp.maximum(size * best, 1.0), size)
+    given = jnp.where(leaving, jnp.maximum(tokens.sizes() * best, 1.0), tokens.sizes())
+    size = jnp.where(leaving, given, groups.apply(given, "sum"))
     map_ = Assign(jnp.where(ranks < middle[..., None], target, n), n)
     source = follow(tokens.sources(), map_)
-    return map_, tokens.replace(x=x, size=groups.apply(given, "sum"), source=source)
+    return map_, tokens.replace(x=x, size=size, source=source)
 
 
 def freeze(modules: Mapping[str, Any], plan: Plan, layout: Layout) -> dict[str, list[int]]:
