@@ -119,5 +119,5 @@ def test_integer_pixels():
 
 
 def _is_one_sentence(text: str, words: tuple[str, ...]) -> None:
-    assert "\n" not in text and len(text) < 320, text
+    assert "\n" not in text and len(text) < 400, text
     assert [word for word in words if word not in text] == [], text

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 
 def straight_through(value: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -127,7 +127,7 @@ class Rate:
         return chance @ inside.astype(jnp.float32)
 
     def mask(
-        self, logits: Float[Array, " C"], alive: Int[Array, "*B"] | int | None = None
+        self, logits: Float[Array, " C"], alive: Num[Array, "*B"] | int | None = None
     ) -> Float[Array, "*B R"]:
         """0 for ranks in [kept, alive), 1 elsewhere; the gradient is that of `survival`.
 

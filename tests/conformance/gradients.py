@@ -34,7 +34,9 @@ def check_gradients_reach_the_backbone(row: Row) -> None:
         params, pixels = gradients(plan)
         assert all(np.isfinite(g).all() for g in params.values()) and np.isfinite(pixels).all()
         assert (pixels != 0).reshape(len(pixels), -1).any(-1).all()
-        kernels = {n: g for n, g in params.items() if n.endswith("kernel") and "reductions" not in n}
+        kernels = {
+            n: g for n, g in params.items() if n.endswith("kernel") and "reductions" not in n
+        }
         assert len(kernels) == 6 * ODD.depth + 2
         assert [name for name, g in kernels.items() if not g.any()] == []
 

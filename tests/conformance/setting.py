@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -16,6 +19,7 @@ from tokred.methods import make_plan
 from tokred.models import ViT, ViTConfig
 from tokred.plan import Call, Layout, Plan, Reduction, Report
 from tokred.tokens import Tokens, make_tokens
+from tokred.train.state import path_name
 
 BATCH = 8
 TINY: dict[str, Any] = {"patch": (4, 4), "width": 16, "depth": 4, "heads": 2, "classes": 5}
@@ -40,8 +44,18 @@ def training(row: Row) -> Plan:
 
 @functools.cache
 def split_model(config: ViTConfig, learned: Plan) -> tuple[Any, Any]:
-    """(graph, state) of a model; equal plans get equal parameters."""
-    return nnx.split(nnx.jit(lambda: ViT(config, plan=learned, rngs=nnx.Rngs(3)))())
+    """(graph, state) of a model whose parameters depend on their paths alone."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: ViT(config, plan=learned, rngs=nnx.Rngs(0))))
+    return graph, jax.tree_util.tree_map_with_path(_draw, shapes)
+
+
+def _draw(path: Any, leaf: Any) -> Array:
+    name = path_name(path)
+    if name.endswith(("prune", "merge")):  # rates start even
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    spread = math.prod(leaf.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.1
+    draws = np.random.default_rng(zlib.crc32(name.encode())).normal(0, spread, leaf.shape)
+    return jnp.asarray(draws + name.endswith("scale"), leaf.dtype)
 
 
 def model_of(config: ViTConfig, plan: Plan) -> tuple[Any, Any]:

@@ -46,10 +46,13 @@ def check_counts_as_promised(row: Row) -> None:
     for report, _, _ in reports(row):
         assert report.tokens.n == report.counts[-1].out
         for site, map_ in report.maps.items():
-            k = map_.apply(np.ones((*map_.batch, map_.n, 1), np.float32)).shape[-2]
+            k = map_.sizes().shape[-1]
             kind, _, layer = site.rpartition("_")
             if kind == "mid":
-                assert (map_.n, k) == (report.counts[int(layer)].queries, report.counts[int(layer)].mlp)
+                assert (map_.n, k) == (
+                    report.counts[int(layer)].queries,
+                    report.counts[int(layer)].mlp,
+                )
             else:
                 assert k == report.counts[int(layer) if kind else 0].queries
     assert easy_report(easy(row))[1].tokens.n == row.left

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     group: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:7} {self.case}: {self.note}"
+        return f"{self.case}: {self.status}: {self.note}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CaseFile:
 
     @cached_property
     def adapters(self) -> list[tuple[str, Adapter]]:
-        """('family/group', adapter), the longest group that the file name starts with per family."""
+        """(group, adapter): per family the longest group that the file name starts with."""
         found = []
         for family in self.families:
             groups = [g for g in FAMILIES[family] if f"{self.path.stem}_".startswith(f"{g}_")]

@@ -138,7 +138,7 @@ def diffrate_schedule(case: Case) -> dict[str, Any]:
     prune, merge = case.inputs["prune_kept"], case.inputs["merge_kept"]
     full = [patches + 1] * prune.shape[1]
     return {
-        "flops": jax.vmap(lambda a, b: schedule_macs(a, b, **fixed))(prune, merge),
+        "flops": jax.vmap(lambda a, b: schedule_macs([*a], [*b], **fixed))(prune, merge),
         "dense_flops": schedule_macs(full, full, **fixed),
     }
 

@@ -37,10 +37,10 @@ class Block(nnx.Module):
         )
         self.norm2 = nnx.LayerNorm(width, epsilon=norm_eps, **common)
         self.mlp = Mlp(width, int(width * mlp_ratio), kind=gelu, **common)
-        self.scale1 = self.scale2 = None
-        if layer_scale is not None:
-            self.scale1 = nnx.Param(jnp.full((width,), layer_scale, param_dtype))
-            self.scale2 = nnx.Param(jnp.full((width,), layer_scale, param_dtype))
+        scale = lambda: (  # noqa: E731
+            None if layer_scale is None else nnx.Param(jnp.full((width,), layer_scale, param_dtype))
+        )
+        self.scale1, self.scale2 = scale(), scale()
 
     def project(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array, Array]:
         """q, k, v [*B N H E] of the normalised input."""
