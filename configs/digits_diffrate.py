@@ -11,5 +11,5 @@ from tokred.train.config import Config, digits_config, finish
 
 def get_config(arg: str = "") -> Config:
     config = digits_config()
-    config.rates.update({"steps": 200, "lr": 0.1, "target": 0.53, "weight": 100.0})
+    config.rates.update({"steps": 300, "lr": 0.05, "target": 0.55, "weight": 100.0})
     return finish(config, arg)

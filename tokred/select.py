@@ -241,8 +241,9 @@ def match_random(
     axis = metric.ndim - 2
     rows = lambda index: gather(metric, index, axis=axis)  # noqa: E731
     similar = cosine(rows(source), rows(stay))
-    hidden = (stay < prefix) | ~gather(alive, stay, axis=axis)
-    similar = jnp.where(hidden[..., None, :], PROTECTED, similar)
+    absent = ~gather(alive, stay, axis=axis)
+    similar = jnp.where(absent[..., None, :], ABSENT, similar)
+    similar = jnp.where((stay < prefix)[..., None, :], PROTECTED, similar)
     return _merge_pairs(source, similar.argmax(-1), stay, n, valid)
 
 

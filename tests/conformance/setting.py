@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,10 @@ def split_model(config: ViTConfig, learned: Plan) -> tuple[Any, Any]:
 
 def _draw(path: Any, leaf: Any) -> Array:
     name = path_name(path)
-    if name.endswith(("prune", "merge")):  # rates start even
-        return jnp.zeros(leaf.shape, leaf.dtype)
+    if rate := re.fullmatch(r"reductions/mid_(\d+)/(prune|merge)", name):
+        # Each rate keeps less than the one before: an idle one learns nothing.
+        slope = 2.0 * int(rate[1]) + (rate[2] == "merge")
+        return slope * jnp.linspace(0.0, 1.0, *leaf.shape, dtype=leaf.dtype)
     spread = math.prod(leaf.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.1
     draws = np.random.default_rng(zlib.crc32(name.encode())).normal(0, spread, leaf.shape)
     return jnp.asarray(draws + name.endswith("scale"), leaf.dtype)

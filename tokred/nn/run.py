@@ -47,7 +47,7 @@ class Here:
         if ask.layer < 0:
             if ask.name not in tokens.extra:
                 raise ValueError(
-                    f"Ask {ask.name!r} at layer {self.layer}: layer {self.layer + ask.layer} did not "
+                    f"Ask {ask.name!r} at layer {self.layer}: {self.layer + ask.layer} did not "
                     "store it; move the reduction to a later layer."
                 )
             return tokens.extra[ask.name]

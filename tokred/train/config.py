@@ -31,7 +31,7 @@ def default_config() -> Config:
     evaluate.macs: the budget where nothing is learned, as a share of the dense model.
     """
     optimizer = {"warmup": 0.1, "schedule": "cosine", "b1": 0.9, "b2": 0.99, "clip": 1.0}
-    config = ConfigDict(
+    config: Config = ConfigDict(
         {
             "seed": 0,
             "model": _model_defaults(),

@@ -1,6 +1,7 @@
 """From a config to what a job runs on: the model's skeleton, its arrays, and the stages."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
@@ -50,7 +51,7 @@ def make_setup(config: Config) -> Setup:
 def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
     train, rates = config.train, config.rates
-    plan = soft_plan(train.method, layout, train.options)
+    plan = soft_plan(train.method, layout, dict(train.options))
     loss = {"label_smoothing": config.loss.label_smoothing, "aux_weight": config.loss.aux_weight}
     optimizer = dict(config.optimizer)
     learned = plan.twin == "soft"
@@ -63,7 +64,7 @@ def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
                 f"config.rates.method={rates.method!r}; set config.rates.steps=0 or train densely."
             )
         objective = Objective(
-            soft_plan(rates.method, layout, rates.options),
+            soft_plan(rates.method, layout, dict(rates.options)),
             **loss,
             macs_weight=rates.weight,
             target=rates.target,
@@ -76,9 +77,9 @@ def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def soft_plan(method: str, layout: Layout, options: dict) -> Plan:
+def soft_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:
     """The plan to train under: the soft twin where the method has one."""
-    plan = make_plan(method, layout, **dict(options))
+    plan = make_plan(method, layout, **options)
     return plan.with_twin("soft") if get_method(method).learned else plan
 
 

@@ -1,0 +1,27 @@
+"""Cross entropy and the penalty on cost, by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokred.train.losses import Objective, cross_entropy, macs_penalty
+
+
+def test_cross_entropy_by_hand():
+    logits, labels = jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([0])
+    np.testing.assert_allclose(cross_entropy(logits, labels), np.log(2), rtol=1e-6)
+    smooth = 0.7 * np.log(2) + 0.1 * (np.log(2) + 2 * np.log(4))
+    np.testing.assert_allclose(cross_entropy(logits, labels, smoothing=0.3), smooth, rtol=1e-6)
+
+
+def test_penalty_in_both_units():
+    share = macs_penalty(60.0, 100.0, target=0.5, weight=3.0)
+    np.testing.assert_allclose(share, 3 * 0.1**2, rtol=1e-5)
+    giga = macs_penalty(4e9, 9e9, target=2.9, weight=5.0, unit="giga")
+    np.testing.assert_allclose(giga, 5 * 1.1**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"unit": "mega"}, {"target": 0.0}, {"target": 1.5}])
+def test_bad_targets_are_named(change):
+    with pytest.raises(ValueError, match="loss"):
+        Objective(**change)
