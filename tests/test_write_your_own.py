@@ -11,7 +11,14 @@ from tokred.methods import list_methods, registry
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- write-your-own:start -->", "<!-- write-your-own:end -->"
-ROW = Row("norm", left=6, easy={"keep": 0.7}, hard={"keep": 0.4}, exempt=NO_TWIN)
+ROW = Row(
+    "norm",
+    left=6,
+    easy={"keep": 0.7},
+    hard={"keep": 0.4},
+    but_one={"keep": 0.99},
+    exempt=NO_TWIN,
+)
 
 
 def block() -> str:

@@ -9,7 +9,7 @@ from flax import nnx
 from tests.golden_adapters.case import Adapter, Case, Output
 from tests.golden_adapters.weights import depth, fill, mlp_ratio
 from tokred.evidence import Seen, provide
-from tokred.maps import compose
+from tokred.maps import Assign, Keep, compose
 from tokred.methods.evit import EViT
 from tokred.methods.tome import KEYS, ToMe
 from tokred.methods.topk import TopK
@@ -90,8 +90,8 @@ def merged(reduction: Reduction, tokens: Tokens, metric: jax.Array) -> tuple[Tok
 
 
 def tome_bsm(case: Case) -> dict[str, Any]:
-    x, metric, size = (case.inputs.get(name) for name in ("x", "metric", "size"))
-    size = None if size is None else size[..., 0]
+    x, metric = case.inputs["x"], case.inputs["metric"]
+    size = case.inputs["size"][..., 0] if "size" in case.inputs else None
     prefix = case.settings["class_token"] + case.settings["distill_token"]
     reduction = ToMe(case.settings["r"])
     tokens = make_tokens(x, size=size, prefix=prefix)
@@ -177,7 +177,7 @@ def evit_block(case: Case) -> dict[str, Any]:
     tokens, records, _ = run_block(here, make_tokens(x, prefix=1))
     outputs = {"x": tokens.x, "n_tokens": tokens.n - 1}
     map_ = records[0].map
-    if map_ is not None:
+    if isinstance(map_, Keep | Assign):
         fused = isinstance(reduction, EViT)
         outputs["idx"] = map_.index[:, 1 : tokens.n - fused] - 1
     return outputs

@@ -82,8 +82,8 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
         if option not in method.options:
             known = method.options
             raise ValueError(
-                f"method {name!r} has no option {option!r}{nearest(option, known)} "
-                f"Its options: {', '.join(known) or 'none'}."
+                f"method {name!r} has no option {option!r}{nearest(option, known)}; "
+                f"its options: {', '.join(known) or 'none'}."
             )
     keep = options.get("keep", 1.0)
     if not (isinstance(keep, (int, float)) and 0 < keep <= 1):
