@@ -12,7 +12,7 @@ from flax import nnx
 
 from tokred.maps import Assign, Keep
 from tokred.models import ViT, ViTConfig
-from tokred.nn.run import Here
+from tokred.nn.run import Here, run_block
 from tokred.plan import Ask, Call, LayerCount, Plan, Reduction, Report, Site
 
 CONFIG = ViTConfig(image_size=(8, 12), patch=(4, 4), width=16, depth=3, heads=2, classes=3)
@@ -169,8 +169,6 @@ def test_skipped_tokens_are_unchanged():
 
 
 def _run_first(tokens, plan):
-    from tokred.nn.run import run_block
-
     return run_block(Here(MODEL.blocks, 0, plan, Call()), tokens)[0].x
 
 

@@ -128,7 +128,10 @@ class Checkpoints:
 
     def _describe(self, item: str) -> Mapping[str, Any]:
         step = self.require_step()
-        found = self._manager.item_metadata(step)[item]
+        try:
+            found = self._manager.item_metadata(step)[item]
+        except Exception as error:  # as in _read
+            raise _damaged(self.path / str(step) / item, error) from error
         if found is None or not isinstance(getattr(found, "tree", None), Mapping):
             raise _damaged(self.path / str(step) / item, "its list of arrays is missing")
         return found.tree
