@@ -137,7 +137,7 @@ def _find_get_config(path: Path) -> Callable[[str], Config]:
     if not path.is_file():
         known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
         raise FileNotFoundError(
-            f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/'}."
+            f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/.'}"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
@@ -181,8 +181,8 @@ def set_field(config: Config, path: str, text: str) -> None:
 def _require_field(section: Config, name: str, path: str) -> None:
     if name not in section:
         known = list(section.keys())
-        hint = nearest(name, known) or f"; its section has {', '.join(map(str, known))}"
-        raise ValueError(f"config.{path} does not exist: no field {name!r}{hint}.")
+        hint = nearest(name, known) or f"; its section has {', '.join(map(str, known))}."
+        raise ValueError(f"config.{path} does not exist: no field {name!r}{hint}")
 
 
 def _convert(text: str, old: Any, path: str) -> Any:
