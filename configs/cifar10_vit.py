@@ -27,5 +27,5 @@ def get_config(arg: str = "") -> Config:
     config.optimizer.update({"lr": 1e-3, "weight_decay": 0.05})
     config.loss.label_smoothing = 0.1
     config.rates.update({"steps": 600, "lr": 0.05, "target": 0.6, "weight": 100.0})
-    config.log.save_every = 2000
+    config.checkpoint.every = 2000
     return finish(config, arg)

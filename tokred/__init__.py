@@ -3,7 +3,8 @@
 from tokred.maps import Assign, Keep, Mix, TokenMap, compose
 from tokred.methods import get_method, list_methods, make_plan, register
 from tokred.models import ViT, ViTConfig, vit_config
-from tokred.plan import Ask, Call, Layout, Plan, Reduction, Report, Site
+from tokred.plan import Ask, Layout, Plan, Reduction, Site
+from tokred.report import Call, Report
 from tokred.tokens import Tokens, make_tokens, move
 
 __all__ = [

@@ -45,14 +45,15 @@ def check_soft_is_packed(row: Row) -> None:
 
 def check_saved_is_restored(row: Row) -> None:
     graph, state = model_of(ODD, easy(row))
-    skeleton, params, rest = split_model(nnx.merge(graph, state))
+    skeleton, weights = split_model(nnx.merge(graph, state))
     expected, _ = easy_report(easy(row))
     with tempfile.TemporaryDirectory() as workdir:
         with Checkpoints(workdir) as checkpoints:
-            checkpoints.save(1, init_state(params, rest, optax.sgd(0.1), ()), {"config": {}})
+            state = init_state(weights, optax.sgd(0.1), ())
+            checkpoints.save(1, state, data={}, about={"config": {}})
         with Checkpoints(workdir, create=False) as checkpoints:
-            blank = jax.tree.map(jnp.zeros_like, (params, rest))
-            model = skeleton.merge(*checkpoints.model(*blank))
+            blank = jax.tree.map(jnp.zeros_like, weights)
+            model = skeleton.merge(*checkpoints.model(blank))
     run = run_of(ODD, easy(row))
     restored, _ = jax.jit(run.forward)(nnx.state(model), images_of(ODD), None)
     np.testing.assert_array_equal(restored, expected)

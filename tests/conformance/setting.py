@@ -19,7 +19,8 @@ from tokred import cost
 from tokred.evidence import Seen, provide
 from tokred.methods import make_plan
 from tokred.models import ViT, ViTConfig
-from tokred.plan import Call, Layout, Plan, Reduction, Report
+from tokred.plan import Layout, Plan, Reduction
+from tokred.report import Call, Report
 from tokred.tokens import Tokens, make_tokens
 from tokred.train.state import path_name
 

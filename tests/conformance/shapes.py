@@ -17,7 +17,7 @@ from tests.conformance.setting import (
 )
 from tests.methods_table import Row
 from tokred.methods import get_method
-from tokred.plan import Report
+from tokred.report import Report
 
 
 def reports(row: Row) -> list[tuple[Report, np.ndarray, int]]:

@@ -13,7 +13,8 @@ from tokred.cost.bench import forward
 from tokred.cost.macs import DENSE
 from tokred.methods import list_methods, make_plan
 from tokred.models import ViT, ViTConfig
-from tokred.plan import Ask, Plan, Reduction, Report, Site
+from tokred.plan import Ask, Plan, Reduction, Site
+from tokred.report import Report
 from tokred.select import keep_static
 
 # The compiler counts elementwise work too: 3 % at this width, 5.5 % at width 192.

@@ -178,6 +178,25 @@ def test_rand_augment_uses_every_operation(monkeypatch):
     assert used == set(aug.OPERATIONS)
 
 
+def test_rand_augment_applies_an_operation_with_its_chance(monkeypatch):
+    used = []
+    monkeypatch.setattr(aug, "distort", lambda image, name, strength: used.append(name) or image)
+    for seed in range(1000):
+        aug.rand_augment(COLOUR, rng(seed), chance=0.3)
+    assert abs(len(used) / 2000 - 0.3) < 0.04
+    assert aug.rand_augment(COLOUR, rng(), chance=0.0) is COLOUR
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_rand_augment_spreads_its_magnitude(spread, monkeypatch):
+    used = []
+    monkeypatch.setattr(aug, "distort", lambda image, name, s: used.append(abs(s)) or image)
+    for seed in range(1000):
+        aug.rand_augment(COLOUR, rng(seed), magnitude=9.0, spread=spread)
+    assert max(used) <= 1 and abs(np.mean(used) - 0.9) < 0.01
+    assert abs(np.std(used) - spread / aug.MAX_MAGNITUDE) < 0.005
+
+
 def test_erase_fills_one_box_with_noise():
     image = np.full((40, 40, 3), 9, np.float32)
     for seed in range(50):
@@ -229,6 +248,8 @@ def test_augmentation_without_randomness_is_the_evaluation_view(image):
         (lambda: aug.Augmentation(scale=(0.5, 0.1)), "scale"),
         (lambda: aug.Augmentation(magnitude=11), "magnitude"),
         (lambda: aug.Augmentation(operations=-1), "operations"),
+        (lambda: aug.Augmentation(chance=1.1), "chance"),
+        (lambda: aug.Augmentation(spread=-0.5), "spread"),
         (lambda: aug.pad_and_crop(COLOUR, rng(), -1), "pad"),
         (lambda: aug.random_flip(COLOUR, rng(), probability=2), "probability"),
         (lambda: aug.rand_augment(COLOUR, rng(), magnitude=-1), "magnitude"),

@@ -50,13 +50,12 @@ def assert_same(first, second):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def interleave(shards):
-    """Global batches from those of all processes: row r is row r // count of process r % count."""
+def join(shards):
+    """Global batches: those of all processes, one after another."""
     return [
-        {name: np.stack([part[name] for part in parts], 1).reshape(-1, *parts[0][name].shape[1:])
-         for name in parts[0]}
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*shards, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 THREADS = [{"num_threads": 0}, {"num_threads": 1, "prefetch": 2}, {"num_threads": 2, "prefetch": 4}]
@@ -68,7 +67,15 @@ def test_shapes_and_dtypes():
         "image": ((8, 4, 4, 1), np.float32),
         "label": ((8,), np.int32),
         "mask": ((8, 4, 4), np.bool_),
+        "id": ((8,), np.int32),
     }
+
+
+@pytest.mark.parametrize("make", [train, evaluate])
+def test_ids_are_the_indices_in_the_source(make):
+    for batch in take(make(), 5):
+        np.testing.assert_array_equal(batch["id"], batch["label"])
+        assert batch["id"].dtype == np.int32
 
 
 @pytest.mark.parametrize("options", THREADS)
@@ -127,11 +134,18 @@ def test_resumes_from_an_orbax_checkpoint(tmp_path):
     np.testing.assert_array_equal(restored["state"]["w"], weights["w"])
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_batches_of_one(count):
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_processes_share_the_batches_of_one_across_epochs(count):
     shards = [take(train(shard=shard, count=count), 12) for shard in range(count)]
     assert shards[0][0]["label"].shape == (8 // count,)
-    assert_same(interleave(shards), take(train(), 12))
+    assert_same(join(shards), take(train(), 12))
+
+
+@pytest.mark.parametrize("batch", [4, 6, 37])
+def test_the_stream_of_rows_does_not_depend_on_the_batch(batch):
+    rows = np.concatenate([b["id"] for b in take(train(batch=batch), 12)])
+    singles = np.concatenate([b["id"] for b in take(train(batch=1), len(rows))])
+    np.testing.assert_array_equal(rows, singles)
 
 
 def test_processes_are_disjoint_within_an_epoch():
@@ -147,25 +161,31 @@ def test_processes_are_disjoint_within_an_epoch():
     assert sorted(np.concatenate(seen)) == list(range(40))
 
 
-def test_a_state_fits_another_number_of_processes():
-    running = train()
-    take(running, 7)
-    shards = [train(shard=shard, count=2) for shard in range(2)]
-    for shard in shards:
-        shard.set_state(running.get_state())
-    assert_same(interleave([take(shard, 6) for shard in shards]), take(running, 6))
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4), (8, 2)])
+def test_a_state_fits_another_number_of_processes(before, after):
+    running = [train(shard=shard, count=before) for shard in range(before)]
+    for shard in running:
+        take(shard, 7)
+    states = [shard.get_state() for shard in running]
+    assert states == [{"next_index": 7}] * before
+    resumed = [train(shard=shard, count=after) for shard in range(after)]
+    for shard in resumed:
+        shard.set_state(states[0])
+    first, second = (join([take(shard, 6) for shard in shards]) for shards in (resumed, running))
+    assert_same(first, second)
 
 
 @pytest.mark.parametrize("size, count", [(37, 1), (37, 2), (40, 2), (33, 4), (3, 4), (1, 1)])
 def test_evaluation_has_every_example_once(size, count):
     shards = [list(evaluate(size, shard=shard, count=count)) for shard in range(count)]
-    batches = interleave(shards)
+    batches = join(shards)
     assert len(batches) == -(-size // 8)
     assert {batch["label"].shape for batch in batches} == {(8,)}
     assert {batch["valid"].dtype for batch in batches} == {np.dtype(bool)}
     labels, valid = (np.concatenate([b[name] for b in batches]) for name in ("label", "valid"))
     assert list(labels[valid]) == list(range(size))
     assert not valid[size:].any() and (labels[size:] == size - 1).all()
+    assert_same(batches, list(evaluate(size)))
 
 
 def test_evaluation_draws_depend_on_seed_and_index_alone():

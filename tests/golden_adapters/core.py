@@ -14,7 +14,8 @@ from tokred.gates import Rate
 from tokred.methods.diffrate import DiffRate, schedule_macs
 from tokred.models.vit import ViT, ViTConfig
 from tokred.nn import Here, run_block
-from tokred.plan import Call, Plan, Site
+from tokred.plan import Plan, Site
+from tokred.report import Call
 from tokred.select import merge_to_nearest
 from tokred.tokens import make_tokens
 from tokred.train.losses import cross_entropy

@@ -15,7 +15,8 @@ from tokred.methods.tome import KEYS, ToMe
 from tokred.methods.topk import TopK
 from tokred.models.vit import ViT, ViTConfig
 from tokred.nn import Attention, Block, Here, KeepPredictor, run_block
-from tokred.plan import Call, Plan, Reduction, Site
+from tokred.plan import Plan, Reduction, Site
+from tokred.report import Call
 from tokred.schedule import ramp, warm_keep_rate
 from tokred.select import keep_static, match_kth, match_random
 from tokred.tokens import Tokens, make_tokens

@@ -13,7 +13,8 @@ from flax import nnx
 from tokred.maps import Assign, Keep
 from tokred.models import ViT, ViTConfig
 from tokred.nn.run import Here, run_block
-from tokred.plan import Ask, Call, LayerCount, Plan, Reduction, Report, Site
+from tokred.plan import Ask, LayerCount, Plan, Reduction, Site
+from tokred.report import Call, Report
 
 CONFIG = ViTConfig(image_size=(8, 12), patch=(4, 4), width=16, depth=3, heads=2, classes=3)
 N, B = 7, 2

@@ -15,7 +15,7 @@ from tokred.models.vit import pool_tokens
 from tokred.nn.block import drop_path
 from tokred.nn.embeddings import sincos_positions
 from tokred.nn.mlp import gelu
-from tokred.plan import Call
+from tokred.report import Call
 from tokred.tokens import make_tokens
 
 TINY = ViTConfig(image_size=(8, 12), patch=(4, 4), width=16, depth=2, heads=2, classes=3)

@@ -13,7 +13,10 @@ RECIPES = [
     "digits_dense",
     "digits_dynamicvit",
     "cifar10_vit",
-    "imagenet_vit_s16",
+    "vit_s16_imagenet_dense",
+    "vit_s16_imagenet_diffrate",
+    "vit_s16_imagenet_evit",
+    "vit_s16_imagenet_tome",
 ]
 DIGITS = "configs/digits_dense.py:smoke"
 

@@ -13,7 +13,8 @@ from tokred.cost.macs import macs
 from tokred.cost.timing import time_rounds
 from tokred.methods import get_method, make_plan
 from tokred.models import ViT, ViTConfig
-from tokred.plan import Call, Plan
+from tokred.plan import Plan
+from tokred.report import Call
 
 Row = dict[str, Any]
 

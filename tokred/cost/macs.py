@@ -11,7 +11,8 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from tokred.models.vit import ViTConfig
-from tokred.plan import Ask, Plan, Reduction, Report, Site
+from tokred.plan import Ask, Plan, Reduction, Site
+from tokred.report import Report
 
 Number = Any  # int, float or a traced scalar
 DENSE = Plan()

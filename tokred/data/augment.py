@@ -29,7 +29,7 @@ class Augmentation:
 
     crop: 'padded' (pad by `pad` stored pixels, crop back), 'resized' (a random box of `scale` of
     the area and `ratio` width / height) or 'centre' (nothing random). flip, erase: probabilities.
-    operations, magnitude: of rand_augment; 0 operations is none.
+    operations, magnitude, chance, spread: of rand_augment; 0 operations is none.
     Raises ValueError for values out of range.
     """
 
@@ -40,6 +40,8 @@ class Augmentation:
     flip: float = 0.5
     operations: int = 0
     magnitude: float = 9.0
+    chance: float = 1.0
+    spread: float = 0.0
     erase: float = 0.0
 
     def __post_init__(self):
@@ -47,7 +49,8 @@ class Augmentation:
         _expect(self.pad >= 0, "pad", "at least 0", self.pad)
         _expect(self.operations >= 0, "operations", "at least 0", self.operations)
         _expect_magnitude(self.magnitude)
-        for name in ("flip", "erase"):
+        _expect(self.spread >= 0, "spread", "at least 0", self.spread)
+        for name in ("flip", "chance", "erase"):
             _expect_probability(name, getattr(self, name))
         for name in ("scale", "ratio"):
             _expect_span(name, getattr(self, name))
@@ -65,7 +68,14 @@ def augment(
     """A training view: crop, flip, rand_augment, normalise, erase (with noise), in this order."""
     image = _random_crop(image, rng, size, how)
     image = random_flip(image, rng, probability=how.flip)
-    image = rand_augment(image, rng, operations=how.operations, magnitude=how.magnitude)
+    image = rand_augment(
+        image,
+        rng,
+        operations=how.operations,
+        magnitude=how.magnitude,
+        chance=how.chance,
+        spread=how.spread,
+    )
     return random_erase(normalise(image, mean, std), rng, probability=how.erase)
 
 
@@ -202,20 +212,26 @@ def rand_augment(
     *,
     operations: int = 2,
     magnitude: float = 9.0,
+    chance: float = 1.0,
+    spread: float = 0.0,
 ) -> UInt8[np.ndarray, "H W C"]:
     """Apply `operations` random operations (with repetition) of OPERATIONS, one after another.
 
     magnitude: 0 to 10, linear to the strongest form; the sign is random. 0 returns the image as it
-    is, although auto_contrast and equalize know no magnitude.
+    is, although auto_contrast and equalize know no magnitude. chance: that a drawn operation is
+    applied. spread: standard deviation of each operation's magnitude, which stays within 0 to 10.
     """
     _expect(operations >= 0, "operations", "at least 0", operations)
     _expect_magnitude(magnitude)
+    _expect_probability("chance", chance)
+    _expect(spread >= 0, "spread", "at least 0", spread)
     if not operations or not magnitude:
         return image
     names = list(OPERATIONS)
     for drawn in rng.integers(len(names), size=operations):
-        strength = float(rng.choice((-1.0, 1.0))) * magnitude / MAX_MAGNITUDE
-        image = distort(image, names[drawn], strength)
+        if rng.random() < chance:
+            size = np.clip(rng.normal(magnitude, spread), 0, MAX_MAGNITUDE) / MAX_MAGNITUDE
+            image = distort(image, names[drawn], float(rng.choice((-1.0, 1.0)) * size))
     return image
 
 

@@ -2,10 +2,12 @@
 
 A source has `len` and `[index]` and holds raw examples; a transform turns one of them and a
 Generator into numpy arrays: 'image' float32 [H, W, C], 'label' int32 [], perhaps 'mask' bool
-[H, W]. Batches are dicts of these with a leading B.
+[H, W]. Batches are dicts of these with a leading B, and of 'id' int32 [B], the examples' indices
+in the source.
 
-With several processes, process `shard` of `count` gets the rows shard::count of every global
-batch, so that what is trained on does not depend on the number of processes.
+With several processes, process `shard` of `count` gets the rows [shard * L, (shard + 1) * L) of
+every global batch, L = batch // count: the shards, concatenated, are the same global batch for
+every number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -48,8 +50,9 @@ def train_batches(
 ) -> Batches:
     """Endless shuffled batches of batch // count rows; every epoch has its own order and draws.
 
-    batch: global batch size. The state ('next_index', the number of batches drawn) is the same in
-    every process and fits any count; grain.checkpoint.CheckpointSave(iterator) stores it.
+    batch: global batch size; batches run on across the ends of epochs, so that nothing is dropped.
+    The state ('next_index', the number of global batches drawn) is the same in every process and
+    fits any count; grain.checkpoint.CheckpointSave(iterator) stores it.
     num_threads: of the reader, 0 reads in the caller's thread. prefetch: batches held ready.
     Raises ValueError for numbers that do not fit each other or the source.
     """
@@ -59,12 +62,12 @@ def train_batches(
     _expect(batch <= len(source), "batch", f"at most the {len(source)} examples", batch)
 
     def draw(index: int, rng: np.random.Generator) -> Example:
-        return transform(source[index], rng)
+        return {**transform(source[index], rng), "id": np.int32(index)}
 
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(draw)
-    rows = stream[shard::count].batch(batch // count, drop_remainder=True)
+    parts = stream.batch(batch // count, drop_remainder=True)[shard::count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(rows.to_iter_dataset(options))
+    return iter(parts.to_iter_dataset(options))
 
 
 def eval_batches(
@@ -80,9 +83,9 @@ def eval_batches(
 ) -> Iterable[Example]:
     """Every example once, in order, in ceil(len(source) / batch) batches of batch // count rows.
 
-    Each has a bool 'valid' [B], false in the rows that only fill up the last batch (they repeat
-    the last example). What is drawn depends on seed and the example's index alone. Each `iter` of
-    the result starts anew; arguments and errors as in train_batches.
+    Each has a bool 'valid' [B], false in the rows that only fill up the last global batch (they
+    repeat the last example). What is drawn depends on seed and the example's index alone. Each
+    `iter` of the result starts anew; arguments and errors as in train_batches.
     """
     import grain
 
@@ -93,12 +96,12 @@ def eval_batches(
     def draw(row: int) -> Example:
         index = min(row, size - 1)
         example = transform(source[index], np.random.default_rng((seed, index)))
-        return {**example, "valid": np.bool_(row < size)}
+        return {**example, "id": np.int32(index), "valid": np.bool_(row < size)}
 
     padded = -(-size // batch) * batch
-    rows = grain.MapDataset.range(padded)[shard::count].map(draw).batch(batch // count)
+    parts = grain.MapDataset.range(padded).map(draw).batch(batch // count)[shard::count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return rows.to_iter_dataset(options)
+    return parts.to_iter_dataset(options)
 
 
 def _check(

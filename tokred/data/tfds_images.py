@@ -5,6 +5,8 @@ For example:
     images = find_image_set('cifar10')
     source = open_source('cifar10', 'train', data_dir=...)
     train_batches(source, images.train_transform(), batch=128, seed=0)
+
+`open_source(..., mock=1000)` makes 1000 examples up instead: noise, for tests and for speed.
 """
 
 import difflib
@@ -21,6 +23,7 @@ from tokred.data.augment import Augmentation, augment, view
 Example = dict[str, Any]
 
 FORMAT = "array_record"
+SPLITS = ("train", "test")
 SPLIT = re.compile(r"(train|test)(\[[^\[\]]*\])?")
 
 
@@ -97,7 +100,7 @@ _SETS = (
         224,
         (0.485, 0.456, 0.406),
         (0.229, 0.224, 0.225),
-        Augmentation("resized", operations=2, magnitude=9.0, erase=0.25),
+        Augmentation("resized", operations=2, chance=0.5, spread=0.5, erase=0.25),
         test="validation",
         crop_ratio=0.875,
         manual=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
@@ -116,19 +119,56 @@ def find_image_set(name: str) -> ImageSet:
     return IMAGE_SETS[name]
 
 
+@dataclass(frozen=True)
+class MockImages:
+    """`count` made-up examples of a set: uniform noise and labels, fixed by split and index.
+
+    Images have the size from which the evaluation view is cut without loss. Needs no TFDS.
+    Raises ValueError for no examples, or for a split that is not 'train' or 'test'.
+    """
+
+    images: ImageSet
+    count: int
+    split: str = "train"
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"mock must be at least 1 example, got {self.count}: change mock.")
+        if self.split not in SPLITS:
+            raise ValueError(
+                f"split must be one of {SPLITS} with mock data, got {self.split!r}: change split."
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        """'image' uint8 [H, W, C] and 'label' int64 []; IndexError outside 0..count - 1."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be in 0..{self.count - 1}, got {index}: change index.")
+        rng = np.random.default_rng((SPLITS.index(self.split), index))
+        side = int(self.images.size / self.images.crop_ratio)
+        label = rng.integers(self.images.classes)
+        image = rng.integers(0, 256, (side, side, self.images.channels), dtype=np.uint8)
+        return {"image": image, "label": label}
+
+
 def open_source(
-    name: str, split: str, *, data_dir: str | PathLike | None = None
-) -> Sequence[Example]:
+    name: str, split: str, *, data_dir: str | PathLike | None = None, mock: int = 0
+) -> Sequence[Example] | MockImages:
     """Random access to the raw examples: 'image' uint8 [H, W, C], 'label' int64 [], and more.
 
     split: 'train' or 'test' (the split to evaluate on, whatever TFDS calls it), also with a slice
-    such as 'train[:90%]'. data_dir: where TFDS keeps its sets, its own default if None.
+    such as 'train[:90%]'. data_dir: where TFDS keeps its sets, its own default if None. mock: so
+    many made-up examples instead, 0 for the real ones; see MockImages.
     Raises ValueError for an unknown name or split, FileNotFoundError for a set that was not
     prepared on this machine.
     """
+    images = find_image_set(name)
+    if mock:
+        return MockImages(images, mock, split)
     import tensorflow_datasets as tfds
 
-    images = find_image_set(name)
     matched = SPLIT.fullmatch(split)
     if matched is None:
         raise ValueError(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -98,29 +97,6 @@ class DynamicViT(Reduction):
 def _with_front(body: Float[Array, "*B P"], prefix: int, value: float) -> Float[Array, "*B N"]:
     front = jnp.full((*body.shape[:-1], prefix), value, body.dtype)
     return jnp.concatenate([front, body], axis=-1)
-
-
-def distill_tokens(
-    student: Float[Array, "*B N D"],
-    teacher: Float[Array, "*B N D"],
-    kept: Float[Array, "*B N"],
-) -> Float[Array, ""]:
-    """Mean squared distance to the teacher's tokens over those still kept; 0 if none is.
-
-    Gradient: to the student only; `kept` and the teacher are constants.
-    """
-    kept, teacher = jax.lax.stop_gradient((kept, teacher))
-    distance = ((student - teacher) ** 2).mean(-1)
-    return (distance * kept).sum() / jnp.maximum(kept.sum(), 1.0)
-
-
-def distill_logits(
-    student: Float[Array, "*B C"], teacher: Float[Array, "*B C"]
-) -> Float[Array, ""]:
-    """KL(teacher || student), mean over examples. Gradient: to the student only."""
-    target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher))
-    gap = target - jax.nn.log_softmax(student)
-    return (jnp.exp(target) * gap).sum(-1).mean()
 
 
 @register(

@@ -1,6 +1,7 @@
 """Vision Transformers (Dosovitskiy et al. 2021) whose blocks offer every site."""
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from jaxtyping import Array, Bool, Float
 from tokred.nn.block import Block
 from tokred.nn.embeddings import PatchEmbed, grid_positions, sincos_positions
 from tokred.nn.run import Here, run_block
-from tokred.plan import Call, Layout, Plan, Record, Report, Site, make_report, nearest, reduce_at
+from tokred.plan import Layout, Plan, Site, nearest
+from tokred.report import Call, Record, Report, make_report, reduce_at
 from tokred.tokens import Tokens, make_tokens
 
 DENSE = Plan()
@@ -217,7 +219,8 @@ class ViT(nnx.Module):
                 tokens = self._scan(tokens, start, stop, call)
                 sources += [tokens.sources()] * (stop - start)
                 continue
-            tokens, more, source = run_block(self._here(start, plan, call), tokens)
+            run = functools.partial(run_block, self._here(start, plan, call))
+            tokens, more, source = (jax.checkpoint(run) if start < call.remat else run)(tokens)
             records += more
             sources.append(source)
         if not self.config.norm_after_pool:
@@ -244,6 +247,7 @@ class ViT(nnx.Module):
             )
             return run_block(here, carry)[0], None
 
+        body = jax.checkpoint(body) if start < call.remat else body
         return jax.lax.scan(body, tokens, (stacked, rates, keys))[0]
 
     def classify(self, tokens: Tokens) -> Float[Array, "B classes"]:

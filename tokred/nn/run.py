@@ -12,7 +12,8 @@ from jaxtyping import Array
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
 from tokred.nn.block import Block, drop_path
-from tokred.plan import Ask, Call, Plan, Record, Site, reduce_at
+from tokred.plan import Ask, Plan, Site
+from tokred.report import Call, Record, reduce_at
 from tokred.tokens import Tokens
 
 Outcome = tuple[Tokens, tuple[Record, ...]]

@@ -12,6 +12,10 @@ PREFIX = "--config."
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
+class Stopped(Exception):  # noqa: N818, for it is no error
+    """The job ends early as it was told to, with its state saved."""
+
+
 class Arguments(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors of one sentence with the nearest name."""
 
@@ -32,10 +36,13 @@ class Arguments(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Calls main(arguments); a user's error ends in one sentence on stderr and exit code 2.
 
-    TOKRED_TRACEBACK=1 shows where an error came from. Ctrl-C ends with exit code 130.
+    A run that SIGTERM stopped has saved its state and ends with exit code 0. TOKRED_TRACEBACK=1
+    shows where an error came from. Ctrl-C ends with exit code 130.
     """
     try:
         main(sys.argv[1:])
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
     except USER_ERRORS as error:
         if os.environ.get("TOKRED_TRACEBACK"):
             raise

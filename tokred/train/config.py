@@ -25,15 +25,25 @@ FREE = "options"  # a section with this name takes any key; make_plan checks the
 def default_config() -> Config:
     """Every field of a job with its default; locked, so that recipes cannot misspell one.
 
-    seed: of weights, order of data and draws. model: fields of ViTConfig. train: the first stage,
-    under a method with its options (a learned method in its soft form). rates: a second stage that
-    trains the rates of a method alone, 0 steps for none. finetune: of every evaluated row.
-    evaluate.macs: the budget where nothing is learned, as a share of the dense model.
+    seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
+    weights to start from. mesh: see `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields
+    of ViTConfig. data.mock: number of made-up examples instead of real ones, 0 for none. train: the
+    first stage, under a method with its options (a learned method in its soft form); 0 steps for
+    none; remat: see `Call`. optimizer: see `make_optimizer`; ema, accumulate: see
+    `make_train_step`. loss: mixup to mix_switch are the fields of `Mixing`. distill: of the first
+    stage, from the dense model in another workdir; see `Teacher`. rates: a second stage that trains
+    the rates of a method alone, 0 steps for none. finetune: of every evaluated row. evaluate.macs:
+    the budget where nothing is learned, as a share of the dense model. checkpoint: see
+    `Checkpoints`; a checkpoint every so many steps, an evaluation before each if best > 0.
     """
-    optimizer = {"warmup": 0.1, "schedule": "cosine", "b1": 0.9, "b2": 0.99, "clip": 1.0}
+    optimizer = {"warmup": 0.1, "schedule": "cosine", "end": 0.0, "b1": 0.9, "b2": 0.99}
+    optimizer |= {"clip": 1.0, "layer_decay": 1.0, "ema": 0.0, "accumulate": 1}
+    mixing = {"mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "mix_switch": 0.5}
     config: Config = ConfigDict(
         {
             "seed": 0,
+            "start_from": None,
+            "mesh": {"shape": (-1,), "axes": ("data",), "rules": ()},
             "model": _model_defaults(),
             "data": {
                 "name": "digits",
@@ -43,15 +53,19 @@ def default_config() -> Config:
                 "placements": 4,
                 "data_dir": None,
                 "threads": 1,
+                "mock": 0,
             },
-            "train": {"steps": 1000, "method": "dense", "options": {}},
+            "train": {"steps": 1000, "method": "dense", "options": {}, "remat": 0},
             "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer},
-            "loss": {"label_smoothing": 0.0, "aux_weight": 1.0},
+            "loss": {"label_smoothing": 0.0, "aux_weight": 1.0, **mixing},
+            "distill": {"workdir": None, "logits": 0.5, "features": 0.0, "temperature": 1.0},
             "rates": {
                 "steps": 0,
                 "method": "diffrate",
                 "options": {},
                 "lr": 0.05,
+                "end": 1.0,
+                "remat": 0,
                 "target": 0.5,
                 "weight": 10.0,
                 "unit": "ratio",
@@ -64,7 +78,8 @@ def default_config() -> Config:
                 "time_batch": 64,
                 "pictures": 4,
             },
-            "log": {"every": 50, "save_every": 1000, "tensorboard": True, "progress": True},
+            "checkpoint": {"every": 1000, "latest": 1, "periodic": 0, "best": 0},
+            "log": {"every": 50, "tensorboard": True, "progress": True},
         }
     )
     config.lock()
@@ -107,12 +122,18 @@ def shrink(config: Config) -> Config:
     small = config.copy_and_resolve_references()
     with small.unlocked():
         small.model.update({"width": 16, "depth": 4, "heads": 2})
-        small.train.steps = 4
+        small.train.steps = min(small.train.steps, 4)
         small.rates.steps = min(small.rates.steps, 3)
         small.finetune.steps = min(small.finetune.steps, 2)
         small.data.update({"batch": 8, "placements": 1})
         small.evaluate.update({"rounds": 2, "time_batch": 8, "pictures": 2})
-        small.log.update({"every": 2, "save_every": 2})
+        small.checkpoint.every = small.log.every = 2
+        if small.data.name != "digits":
+            small.data.mock = 32
+            small.model.image_size = tuple(4 * side for side in small.model.patch)
+            small.data.eval_batch = 16
+        if small.start_from is not None:  # the other run does not exist at smoke size
+            small.start_from, small.train.steps = None, 4
     return small
 
 
@@ -190,7 +211,7 @@ def _convert(text: str, old: Any, path: str) -> Any:
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, tuple) and not isinstance(value, tuple | list):
-        value = tuple(part for part in text.split(",") if part)
+        value = tuple(_literal(part) for part in text.split(",") if part)
     fits = old is None or isinstance(value, tuple | list if isinstance(old, tuple) else type(old))
     if not fits or (isinstance(value, bool) and not isinstance(old, bool | None)):
         raise ValueError(
@@ -216,6 +237,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def flat_fields(value: Any, path: str) -> dict[str, Any]:
+    """{'path.a.b': value} of nested dicts."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    parts = (flat_fields(part, f"{path}.{name}") for name, part in value.items())
+    return {k: v for part in parts for k, v in part.items()}
 
 
 def from_json(fields: Mapping[str, Any]) -> Config:

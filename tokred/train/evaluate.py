@@ -1,5 +1,6 @@
 """Rows of results: every method on the same weights and images, at one budget."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from tokred import cost, viz
 from tokred.methods import make_plan
 from tokred.plan import Plan
 from tokred.train.inputs import Inputs
-from tokred.train.loop import Stage, run_stage
+from tokred.train.loop import Around, Stage, run_stage
 from tokred.train.losses import Objective
-from tokred.train.setup import WEIGHTS, Setup, learned_plan, seed_key
-from tokred.train.state import Arrays
+from tokred.train.mesh import round_up, to_mesh
+from tokred.train.processes import is_main, to_host
+from tokred.train.setup import WEIGHTS, Setup, learned_plan
+from tokred.train.state import Arrays, Weights, result
 from tokred.train.step import make_eval_step, make_forward
 
 Row = dict[str, Any]
@@ -72,81 +75,105 @@ def _ratio(setup: Setup, plan: Plan) -> float:
     return cost.macs(setup.model, plan) / cost.macs(setup.model)
 
 
-def make_rows(setup: Setup, params: Arrays, inputs: Inputs, plans: Plans) -> list[Row]:
+def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> list[Row]:
     """A row per plan: accuracy and recall in [0, 1], MACs and milliseconds of one image.
 
     'recall' is None where the data has no mask. 'keep' is None for dense and for what was learned.
     Times are medians of rounds in which all plans take turns. With config.finetune.steps every
     plan is first trained for so long from the same weights.
     """
-    tuned = {n: finetune(setup, params, inputs, plan) for n, (plan, _) in plans.items()}
+    tuned = {n: finetune(setup, weights, inputs, plan) for n, (plan, _) in plans.items()}
     times = time_plans(setup, tuned, inputs, plans)
     rows = []
     for name, (plan, keep) in plans.items():
         row = {"method": name, "seed": setup.config.seed, "keep": keep}
-        row |= evaluate(setup, tuned[name], inputs, plan)
+        row |= make_evaluator(setup, inputs, plan)(tuned[name])
         row |= {"macs": cost.macs(setup.model, plan), "macs_ratio": _ratio(setup, plan)}
         rows.append(row | {"ms": times[name], "ms_ratio": times[name] / times["dense"]})
     return rows
 
 
-def evaluate(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan) -> dict[str, float | None]:
-    """'accuracy' and 'recall' (None without masks) of one plan over all evaluation passes."""
+def make_evaluator(
+    setup: Setup, inputs: Inputs, plan: Plan
+) -> Callable[[Weights], dict[str, float | None]]:
+    """weights -> 'accuracy' and 'recall' (None without masks) of a plan over all evaluation passes;
+    compiled once."""
     step = make_eval_step(setup.skeleton, plan, setup.layout)
-    key, totals = seed_key(setup.config, -1), {}
-    for i, batch in enumerate(inputs.eval_batches()):
-        sums = step(params, setup.rest, batch, jax.random.fold_in(key, i))
-        totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
-    share = {name: float(value / totals["count"]) for name, value in totals.items()}
-    return {"accuracy": share["correct"], "recall": share.get("recall")}
+    key = setup.eval_key()
+
+    def evaluate(weights: Weights) -> dict[str, float | None]:
+        totals = {}
+        for i, batch in enumerate(inputs.eval_batches()):
+            rows = to_mesh({name: v for name, v in batch.items() if name != "id"}, setup.mesh)
+            sums = step(weights, rows, jax.random.fold_in(key, i))
+            totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
+        share = {name: float(value / totals["count"]) for name, value in totals.items()}
+        return {"accuracy": share["correct"], "recall": share.get("recall")}
+
+    return evaluate
 
 
 def time_plans(
-    setup: Setup, params: Mapping[str, Arrays], inputs: Inputs, plans: Plans
+    setup: Setup, weights: Mapping[str, Weights], inputs: Inputs, plans: Plans
 ) -> dict[str, float]:
-    """Milliseconds of one image by name: forward pass of one batch, on the default device."""
-    first = next(iter(inputs.eval_batches()))["image"]
-    images = jnp.asarray(np.resize(first, (setup.config.evaluate.time_batch, *first.shape[1:])))
-    key = seed_key(setup.config, -1)
+    """Milliseconds of one image by name: logits of one batch, spread over the mesh."""
+    mesh, first = setup.mesh, next(iter(inputs.eval_batches()))["image"]
+    rows = round_up(mesh, setup.config.evaluate.time_batch) // inputs.count
+    images = to_mesh({"image": np.resize(first, (rows, *first.shape[1:]))}, mesh)["image"]
+    key = setup.eval_key()
 
     def call(name: str, plan: Plan) -> Callable[[], Array]:
-        forward = make_forward(setup.skeleton, plan)
-        return lambda: forward(params[name], setup.rest, images, key)[0]
+        forward = make_forward(setup.skeleton, plan, lambda logits, _: logits)
+        return lambda: forward(weights[name], images, key)
 
     calls = {name: call(name, plan) for name, (plan, _) in plans.items()}
     timings = cost.time_rounds(calls, rounds=setup.config.evaluate.rounds)
     return {name: 1e3 * timing.median / len(images) for name, timing in timings.items()}
 
 
-def finetune(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan) -> Arrays:
+def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weights:
     """The weights after config.finetune.steps under the plan; the same batches for every plan."""
     config = setup.config
     if not config.finetune.steps:
-        return params
-    objective = Objective(plan, label_smoothing=config.loss.label_smoothing)
-    optimizer = {**config.optimizer, "lr": config.finetune.lr}
-    stage = Stage(f"tune {plan.name}", objective, config.finetune.steps, WEIGHTS, optimizer)
-    copy = jax.tree.map(jnp.copy, params)
-    batches = inputs.train_batches(config.seed + len(setup.stages))
-    key = seed_key(config, len(setup.stages))
-    state = stage.init(copy, jax.tree.map(jnp.copy, setup.rest))
-    return run_stage(stage, setup.skeleton, state, batches, key=key, progress=config.log.progress)[
-        "params"
-    ]
+        return weights
+    optimizer = {k: v for k, v in config.optimizer.items() if k not in ("ema", "accumulate")}
+    stage = Stage(
+        f"tune {plan.name}",
+        Objective(plan, label_smoothing=config.loss.label_smoothing),
+        config.finetune.steps,
+        WEIGHTS,
+        {**optimizer, "lr": config.finetune.lr},
+        config.optimizer.accumulate,
+    )
+    more = dataclasses.replace(setup, stages=(*setup.stages, stage))
+    number = len(setup.stages)
+    state = run_stage(
+        stage,
+        setup.skeleton,
+        more.start(number, weights),
+        inputs.train_batches(config.seed + number),
+        mesh=setup.mesh,
+        rules=setup.rules,
+        around=Around(progress=config.log.progress and is_main()),
+    )
+    return result(state)
 
 
-def draw(setup: Setup, params: Arrays, inputs: Inputs, plan: Plan, workdir: Path) -> None:
+def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Path) -> None:
     """tokens.png: what the plan keeps and merges in the first test images."""
-    batch = next(iter(inputs.eval_batches()))
     count = setup.config.evaluate.pictures
-    images = jnp.asarray(batch["image"][:count])
-    forward = make_forward(setup.skeleton, plan)
-    _, report = forward(params, setup.rest, images, seed_key(setup.config, -1))
+    rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
+    forward = make_forward(setup.skeleton, plan, lambda _, report: report.sources)
+    key = setup.eval_key()
+    shown = {k: v for k, v in rows.items() if k in ("image", "mask")}
+    rows, sources = to_host((shown, forward(weights, rows["image"], key)))
+    if not is_main():
+        return
     viz.plot_tokens(
-        images,
-        [np.asarray(source) for source in report.sources],
+        jnp.asarray(rows["image"][:count]),
+        [source[:count] for source in sources],
         grid=setup.layout.grid,
         prefix=setup.layout.prefix,
         path=workdir / "tokens.png",
-        masks=batch["mask"][:count] if "mask" in batch else None,
+        masks=rows["mask"][:count] if "mask" in rows else None,
     )

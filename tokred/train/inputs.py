@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from tokred.data.digits import Canvas, DigitSource
 from tokred.data.pipeline import Batches, Source, Transform, eval_batches, train_batches
 from tokred.data.tfds_images import find_image_set, open_source
 from tokred.models.vit import ViTConfig
 from tokred.train.config import Config
+from tokred.train.mesh import round_up, shard_of
 
 SPLITS = ("train", "test")
 EVAL_SEED = 1000  # the same placements for every model and every method
@@ -31,31 +32,39 @@ class Inputs:
     eval_batch: int
     threads: int
     passes: int = 1
+    shard: int = 0
+    count: int = 1
 
     def train_batches(self, seed: int) -> Batches:
-        """Endless shuffled batches."""
+        """Endless shuffled batches, of each the rows that this process reads."""
         return train_batches(
-            self.train, self.augment, batch=self.batch, seed=seed, num_threads=self.threads
+            self.train, self.augment, batch=self.batch, seed=seed, **self._reading()
         )
 
     def eval_batches(self) -> Iterable[Mapping[str, np.ndarray]]:
         """Every test example, once per pass, in an order and with draws that never change."""
         for seed in range(EVAL_SEED, EVAL_SEED + self.passes):
             yield from eval_batches(
-                self.test, self.view, batch=self.eval_batch, seed=seed, num_threads=self.threads
+                self.test, self.view, batch=self.eval_batch, seed=seed, **self._reading()
             )
 
+    def _reading(self) -> dict[str, int]:
+        return {"shard": self.shard, "count": self.count, "num_threads": self.threads}
 
-def make_inputs(config: Config, model: ViTConfig) -> Inputs:
-    """The inputs of config.data, sized for the model.
+
+def make_inputs(config: Config, model: ViTConfig, mesh: Mesh) -> Inputs:
+    """The inputs of config.data, sized for the model and cut for this process.
+
+    The evaluation batch is rounded up to what divides over the mesh; surplus rows do not count.
 
     Raises:
       ValueError: an unknown set, or one whose channels or classes do not fit the model.
       FileNotFoundError: a set that is not prepared on this machine.
     """
-    data = config.data
+    data, (shard, count) = config.data, shard_of(mesh)
     size, channels, classes = model.image_size[0], model.channels, model.classes
-    sizes = {"batch": data.batch, "eval_batch": data.eval_batch, "threads": data.threads}
+    sizes = {"batch": data.batch, "eval_batch": round_up(mesh, data.eval_batch)}
+    sizes |= {"threads": data.threads, "shard": shard, "count": count}
     if data.name == "digits":
         _fit(data.name, (1, 10), (channels, classes))
         canvas = Canvas(size=size)
@@ -64,7 +73,9 @@ def make_inputs(config: Config, model: ViTConfig) -> Inputs:
         return Inputs(train, train.place, test, test.place, passes=data.placements, **sizes)
     images = find_image_set(data.name)
     _fit(data.name, (images.channels, images.classes), (channels, classes))
-    train, test = (open_source(data.name, split, data_dir=data.data_dir) for split in SPLITS)
+    train, test = (
+        open_source(data.name, split, data_dir=data.data_dir, mock=data.mock) for split in SPLITS
+    )
     return Inputs(train, images.train_transform(size), test, images.eval_transform(size), **sizes)
 
 
@@ -74,10 +85,3 @@ def _fit(name: str, data: tuple[int, int], model: tuple[int, int]) -> None:
             f"data {name!r} has (channels, classes) = {data}, the model {model}; set "
             f"config.model.channels={data[0]} and config.model.classes={data[1]}."
         )
-
-
-def check_batch(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Image and label of a batch. Raises ValueError for NaN or infinite pixels."""
-    if not np.isfinite(batch["image"]).all():
-        raise ValueError("images: found NaN or infinite pixels; clean the data before training.")
-    return {"image": batch["image"], "label": batch["label"]}

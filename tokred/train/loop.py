@@ -1,22 +1,36 @@
 """One stage of training: a plan, an objective, what trains, and for how long."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, PRNGKeyArray
 
 from tokred.data.pipeline import Batches
-from tokred.train.inputs import check_batch
+from tokred.train.clock import Clock, Tracer
+from tokred.train.guards import Watch, read_metrics
 from tokred.train.log import Progress, RunLog
 from tokred.train.losses import Objective
-from tokred.train.state import Arrays, Skeleton, State, init_state, make_optimizer, select_names
-from tokred.train.step import make_train_step
+from tokred.train.mesh import (
+    RULES,
+    Rules,
+    batch_sharding,
+    place_by_rules,
+    replicated,
+    to_mesh,
+)
+from tokred.train.optimizer import make_optimizer
+from tokred.train.processes import Preempted
+from tokred.train.state import Arrays, Skeleton, State, Weights, init_state, select_names
+from tokred.train.step import Metrics, TrainStep, make_train_step
 
-Save = Callable[[State, Batches], None]
+Place = dict[str, Any]
+Save = Callable[[State, Place], None]
 
 
 @dataclass(frozen=True)
@@ -28,16 +42,123 @@ class Stage:
     steps: int
     trainable: str
     optimizer: Mapping[str, Any] = field(hash=False)
+    accumulate: int = 1
+    ema: float = 0.0
 
-    def names(self, params: Arrays) -> tuple[str, ...]:
+    def names(self, params: Mapping[str, Any]) -> tuple[str, ...]:
         return select_names(params, self.trainable)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(steps=self.steps, **self.optimizer)
 
-    def init(self, params: Arrays, rest: Arrays) -> State:
-        """The state at the stage's step 0."""
-        return init_state(params, rest, self.make_optimizer(), self.names(params))
+    def init(self, weights: Weights, key: PRNGKeyArray) -> State:
+        """The state at the stage's step 0; pure."""
+        return init_state(
+            weights,
+            self.make_optimizer(),
+            self.names(weights.params),
+            key=key,
+            controllers=self.objective.plan.init(),
+            ema=bool(self.ema),
+        )
+
+    def make_step(self, skeleton: Skeleton, state: State, mesh: Mesh, rules: Rules) -> TrainStep:
+        """The compiled step for states placed like `state` (or its shapes) on the mesh."""
+        shardings = place_by_rules(state, mesh, rules), batch_sharding(mesh), replicated(mesh)
+        return make_train_step(
+            skeleton,
+            self.objective,
+            self.make_optimizer(),
+            self.names(state["params"]),
+            accumulate=self.accumulate,
+            ema=self.ema,
+            shardings=shardings,
+        )
+
+
+@dataclass(frozen=True)
+class Around:
+    """What happens around the steps of a stage.
+
+    every: steps between log lines. save(state, place in the data): called every `save_every` steps
+    and at the end. stop(step): whether to save and leave with `Preempted`. trace: of the device.
+    """
+
+    log: RunLog = field(default_factory=RunLog.silent)
+    every: int = 50
+    save: Save = lambda state, place: None
+    save_every: int = 1000
+    stop: Callable[[int], bool] = lambda step: False
+    progress: bool = True
+    trace: Tracer = field(default_factory=lambda: Tracer(None))
+    clock: Clock = field(default_factory=Clock)
+
+
+class _Turn:
+    """The two halves of a step that the host does: what it feeds, and what it hears."""
+
+    def __init__(self, stage: Stage, start: int, batches: Batches, mesh: Mesh, around: Around):
+        self.stage, self.start, self.batches, self.mesh = stage, start, batches, mesh
+        self.around, self.clock = around, around.clock
+        self.watch = Watch(stage.name, start)
+        self.bar: Progress | None = None
+
+    def feed(self, step: int) -> dict[str, Array]:
+        with self.clock("data"):
+            batch = dict(next(self.batches))
+            self.watch.saw(step, batch["id"], self.batches.get_state())
+        with self.clock("place"):
+            rows = to_mesh({name: batch[name] for name in ("image", "label")}, self.mesh)
+        if self.bar is None:
+            size, show = len(rows["label"]), self.around.progress
+            self.bar = Progress(self.stage.name, self.start, self.stage.steps, size, show=show)
+        self.bar.advance()
+        return rows
+
+    def hear(self, step: int, state: State, metrics: Metrics) -> None:
+        """Logs and saves where it is time to, and only then waits for the device."""
+        around, last = self.around, step == self.stage.steps
+        stop = around.stop(step) and not last
+        tell = last or step % around.every == 0
+        save = last or stop or step % around.save_every == 0
+        if not (tell or save):
+            return
+        with self.clock("step"):
+            numbers, fault = read_metrics(metrics)
+        if fault:
+            raise self._broken(step, state, fault)
+        self.watch.passed(step)
+        if tell:
+            with self.clock("log"):
+                self._tell(step, numbers)
+        if save:
+            with self.clock("save"):
+                around.save(state, self.watch.place(step))
+        if stop:
+            raise Preempted(step)
+
+    def _tell(self, step: int, numbers: dict[str, float]) -> None:
+        rate = 0.0 if self.bar is None else self.bar.tell(step, numbers)
+        self.around.log.write(self.stage.name, step, numbers, images_per_s=rate)
+
+    def _broken(self, step: int, state: State, fault: int) -> Exception:
+        good = int(jax.device_get(state["step"]))
+        if good > self.start:
+            with jax.transfer_guard("allow"):
+                sound = {**state, "fault": jnp.zeros_like(state["fault"])}
+            self.around.save(sound, self.watch.place(good))
+        return self.watch.error(fault, good, step)
+
+    def close(self) -> None:
+        self.around.trace.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.clock.compiled:
+            warnings.warn(
+                f"stage {self.stage.name!r} compiled {self.clock.compiled} times after its first "
+                "step; give all batches one shape.",
+                stacklevel=3,
+            )
 
 
 def run_stage(
@@ -46,47 +167,32 @@ def run_stage(
     state: State,
     batches: Batches,
     *,
-    key: PRNGKeyArray,
-    log: RunLog | None = None,
-    every: int = 50,
-    save: Save | None = None,
-    save_every: int = 1000,
-    progress: bool = True,
+    mesh: Mesh,
+    rules: Rules = RULES,
+    frozen: Mapping[str, Arrays] | None = None,
+    around: Around | None = None,
 ) -> State:
     """Trains from state['step'] to the end of the stage; consumes `state`.
 
-    every: steps between log lines. save: called every `save_every` steps and at the end.
+    frozen: arrays of the objective's teacher. Within the loop arrays move between host and device
+    only where this module says so.
 
     Raises:
-      ValueError: images or a loss that are not finite.
+      NotFiniteError: images, loss or gradient norm are not finite; the last good state is saved.
+      Preempted: `around.stop` said so; the state is saved.
     """
-    step_of = make_train_step(
-        skeleton, stage.objective, stage.make_optimizer(), stage.names(state["params"])
-    )
-    start, bar = int(state["step"]), None
-    for step in range(start + 1, stage.steps + 1):
-        batch = check_batch(next(batches))
-        bar = bar or Progress(stage.name, start, stage.steps, len(batch["label"]), show=progress)
-        state, metrics = step_of(state, batch, key)
-        bar.advance()
-        last = step == stage.steps
-        if step % every == 0 or last:
-            numbers = bar.tell(step, read_metrics(metrics, stage.name, step))
-            if log is not None:
-                log.write(stage.name, step, numbers)
-        if save is not None and (step % save_every == 0 or last):
-            save(state, batches)
-    if bar is not None:
-        bar.close()
+    around, start = around or Around(), int(state["step"])
+    step_of = stage.make_step(skeleton, state, mesh, rules)
+    turn = _Turn(stage, start, batches, mesh, around)
+    try:
+        with around.clock.counting(), jax.transfer_guard("disallow"):
+            for step in range(start + 1, stage.steps + 1):
+                around.trace(step - start - 1)
+                rows = turn.feed(step)
+                with around.clock("step"):
+                    state, metrics = step_of(state, rows, frozen or {})
+                turn.hear(step, state, metrics)
+                around.clock.turn()
+    finally:
+        turn.close()
     return state
-
-
-def read_metrics(metrics: Mapping[str, Any], stage: str, step: int) -> dict[str, float]:
-    """As floats. Raises ValueError where the loss is not finite."""
-    numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    if not np.isfinite(numbers["loss"]):
-        raise ValueError(
-            f"stage {stage!r}: the loss is {numbers['loss']} at step {step}; lower "
-            "config.optimizer.lr or check the data."
-        )
-    return numbers

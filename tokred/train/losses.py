@@ -1,4 +1,4 @@
-"""What is minimised: cross entropy, what reductions add, and a penalty on the cost."""
+"""What is minimised: cross entropy, what reductions add, a penalty on the cost, distillation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +10,27 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tokred import cost
-from tokred.plan import Call, Plan
+from tokred.plan import Plan
+from tokred.report import Call, Report
+from tokred.train.distill import match_features, match_logits
+from tokred.train.mixing import Mixing
+from tokred.train.state import Arrays, Skeleton
 
 DENSE = Plan()
+NO_MIXING = Mixing()
+MIX = 104_729  # folded into a step's key for the draws of mixing
 UNITS = ("ratio", "giga")
 
 
-def cross_entropy(
-    logits: Float[Array, "B C"], labels: Int[Array, " B"], *, smoothing: float = 0.0
-) -> Float[Array, ""]:
-    """Mean over the batch; smoothing: share of the target that is spread over all classes."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+def smooth_targets(
+    labels: Int[Array, " B"], classes: int, *, smoothing: float = 0.0
+) -> Float[Array, "B C"]:
+    """One-hot rows; smoothing: share of each that is spread over all classes."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
+
+
+def cross_entropy(logits: Float[Array, "B C"], targets: Float[Array, "B C"]) -> Float[Array, ""]:
+    """Mean over the batch."""
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
@@ -52,11 +62,39 @@ def _check_unit(unit: str, target: float) -> None:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A model to learn from; static and hashable, its arrays are handed to each step.
+
+    logits, features: weights of the two losses, see `distill`; temperature: of the logits.
+    """
+
+    skeleton: Skeleton
+    logits: float = 0.5
+    features: float = 0.0
+    temperature: float = 1.0
+
+    def losses(
+        self, images: Array, logits: Array, report: Report, frozen: Mapping[str, Arrays]
+    ) -> dict[str, Float[Array, ""]]:
+        """Distillation losses by name; frozen: {'params', 'rest'} of the teacher."""
+        model = self.skeleton.merge(frozen["params"], frozen["rest"])
+        theirs, seen = model(images, call=Call())
+        parts = {}
+        if self.logits:
+            match = match_logits(logits, theirs, temperature=self.temperature)
+            parts["distill_logits"] = self.logits * match
+        if self.features:
+            parts["distill_features"] = self.features * match_features(report.tokens, seen.tokens.x)
+        return parts
+
+
+@dataclass(frozen=True)
 class Objective:
     """The loss of one stage; static and hashable.
 
     plan: the plan to train under. macs_weight: of the penalty on expected MACs, 0 for none.
-    target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`.
+    target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`. mixing: of
+    images and targets. teacher: to distil from. remat: see `Call`.
     """
 
     plan: Plan = DENSE
@@ -65,29 +103,45 @@ class Objective:
     target: float = 1.0
     unit: str = "ratio"
     aux_weight: float = 1.0
+    mixing: Mixing = NO_MIXING
+    teacher: Teacher | None = None
+    remat: int = 0
 
     def __post_init__(self) -> None:
         _check_unit(self.unit, self.target)
 
     def __call__(
-        self, model: Any, batch: Mapping[str, Array], key: PRNGKeyArray
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """(loss, metrics of the batch: loss, accuracy, macs_ratio and every part of the loss)."""
-        logits, report = model(batch["image"], plan=self.plan, call=Call(key=key, train=True))
+        self,
+        model: Any,
+        batch: Mapping[str, Array],
+        key: PRNGKeyArray,
+        controllers: Mapping[str, Any],
+        frozen: Mapping[str, Arrays],
+    ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, Any]]]:
+        """(loss, (metrics of the batch, controllers after it)).
+
+        Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss.
+        """
+        classes = model.config.classes
+        targets = smooth_targets(batch["label"], classes, smoothing=self.label_smoothing)
+        images, targets = self.mixing(jax.random.fold_in(key, MIX), batch["image"], targets)
+        call = Call(states=controllers, key=key, train=True, remat=self.remat)
+        logits, report = model(images, plan=self.plan, call=call)
         dense = cost.macs(model.config)
         expected = jnp.asarray(cost.expected_macs(model.config, self.plan, report), jnp.float32)
-        labels, smoothing = batch["label"], self.label_smoothing
-        parts = {"cross_entropy": cross_entropy(logits, labels, smoothing=smoothing)}
+        parts = {"cross_entropy": cross_entropy(logits, targets)}
         parts |= {name: self.aux_weight * value for name, value in report.losses.items()}
         if self.macs_weight:
             parts["macs_penalty"] = macs_penalty(
                 expected, dense, target=self.target, weight=self.macs_weight, unit=self.unit
             )
+        if self.teacher is not None:
+            parts |= self.teacher.losses(images, logits, report, frozen)
         loss = jnp.stack([*parts.values()]).sum()
-        accuracy = (logits.argmax(-1) == labels).mean()
-        return loss, {
+        metrics = {
             "loss": loss,
-            "accuracy": accuracy,
+            "accuracy": (logits.argmax(-1) == batch["label"]).mean(),
             "macs_ratio": expected / dense,
             **(parts if len(parts) > 1 else {}),
         }
+        return loss, (metrics, {**controllers, **report.states})

@@ -1,18 +1,33 @@
-"""From a config to what a job runs on: the model's skeleton, its arrays, and the stages."""
+"""From a config to what a job runs on: mesh, model without arrays, teacher, and the stages."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from tokred.methods import diffrate, get_method, make_plan
 from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Layout, Plan
-from tokred.train.config import Config, model_config
+from tokred.train.checkpoint import Checkpoints
+from tokred.train.config import Config, from_json, model_config
 from tokred.train.loop import Stage
-from tokred.train.losses import Objective
-from tokred.train.state import Arrays, Skeleton, split_model
+from tokred.train.losses import Objective, Teacher
+from tokred.train.mesh import RULES, Rules, make_mesh, replicated, with_places
+from tokred.train.mixing import Mixing
+from tokred.train.processes import to_host
+from tokred.train.state import (
+    Arrays,
+    Skeleton,
+    State,
+    Weights,
+    born_sharded,
+    split_model,
+)
 
 WEIGHTS = "^(?!reductions/)"
 REDUCTIONS = "^reductions/"
@@ -20,43 +35,127 @@ REDUCTIONS = "^reductions/"
 
 @dataclass(frozen=True)
 class Setup:
-    """What a config fixes before any training; plans by the name of the stage."""
+    """What a config fixes before any training.
+
+    shapes: of the weights, with shardings. build: makes the model; under jit only, so that nothing
+    is ever in one piece. frozen: 'params' and 'rest' of the teacher, {} without one.
+    """
 
     config: Config
     model: ViTConfig
+    mesh: Mesh
+    rules: Rules
     skeleton: Skeleton
-    params: Arrays
-    rest: Arrays
+    shapes: Weights
     stages: tuple[Stage, ...]
+    build: Callable[[], ViT]
+    frozen: dict[str, Arrays] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         return self.model.layout
 
+    def init(self) -> Weights:
+        """Fresh weights, born in place."""
+        places = jax.tree.map(lambda x: x.sharding, self.shapes)
+        return born_sharded(lambda: split_model(self.build())[1], places)
 
-def make_setup(config: Config) -> Setup:
-    """The model with fresh weights, and the stages of training.
+    def start(self, stage: int, weights: Weights) -> State:
+        """The state of a stage at its step 0, on the mesh; with copies, as steps consume it."""
+        places = jax.tree.map(lambda x: x.sharding, self.state_shapes(stage))
+        copy = lambda w: self._start(stage, jax.tree.map(jnp.copy, w))  # noqa: E731
+        return born_sharded(copy, places, weights)
+
+    def state_shapes(self, stage: int) -> State:
+        """Its shapes and shardings."""
+        return with_places(
+            jax.eval_shape(lambda w: self._start(stage, w), self.shapes), self.mesh, self.rules
+        )
+
+    def eval_key(self) -> jax.Array:
+        """The key of all draws in evaluation, on all devices."""
+        return born_sharded(lambda: seed_key(self.config, -1), replicated(self.mesh))
+
+    def _start(self, stage: int, weights: Weights) -> State:
+        return self.stages[stage].init(weights, seed_key(self.config, stage))
+
+
+def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
+    """The model's shapes on the mesh, and the stages of training; devices: all by default.
 
     Raises:
-      ValueError: fields that do not fit each other, or unknown methods and options.
+      ValueError: fields that do not fit each other or the devices, unknown methods or options.
+      FileNotFoundError: config.distill.workdir holds no run.
     """
     model = model_config(config)
-    stages = make_stages(config, model.layout)
+    mesh = make_mesh(config.mesh.shape, config.mesh.axes, devices)
+    rules = (*((pattern, tuple(axes)) for pattern, axes in config.mesh.rules), *RULES)
+    teacher, frozen = read_teacher(config, devices)
+    stages = make_stages(config, model.layout, teacher)
     plan = stages[-1].objective.plan
-    built = ViT(model, plan=plan, rngs=nnx.Rngs(config.seed))
-    skeleton, params, rest = split_model(built)
-    return Setup(config, model, skeleton, params, rest, stages)
+
+    def build() -> ViT:
+        return ViT(model, plan=plan, rngs=nnx.Rngs(config.seed))
+
+    skeleton, shapes = split_model(nnx.eval_shape(build))
+    shapes = with_places(shapes, mesh, rules)
+    return Setup(config, model, mesh, rules, skeleton, shapes, stages, build, frozen)
 
 
-def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
+def restore_setup(
+    workdir: str | Path, devices: Sequence[Any] | None = None, **mesh: Any
+) -> tuple[Setup, Weights]:
+    """(setup, weights) of a run, from its checkpoint alone, on all devices.
+
+    mesh: fields of config.mesh; by default the run's own, or where that does not fit the devices
+    here, all of them share the batch. Raises FileNotFoundError without a run in `workdir`,
+    ValueError for a damaged checkpoint.
+    """
+    with Checkpoints(workdir, create=False) as checkpoints:
+        config = from_json(checkpoints.about()["config"])
+        with config.unlocked():
+            config.distill.workdir = None
+            config.mesh.update(mesh or _mesh_here(config, devices))
+        setup = make_setup(config, devices)
+        return setup, checkpoints.model(setup.shapes)
+
+
+def _mesh_here(config: Config, devices: Sequence[Any] | None) -> dict[str, Any]:
+    try:
+        make_mesh(config.mesh.shape, config.mesh.axes, devices)
+    except ValueError:
+        return {"shape": (-1,), "axes": ("data",)}
+    return {}
+
+
+def read_teacher(
+    config: Config, devices: Sequence[Any] | None
+) -> tuple[Teacher | None, dict[str, Arrays]]:
+    """The teacher of config.distill with its arrays on the mesh; None and {} without one."""
+    how = config.distill
+    if how.workdir is None:
+        return None, {}
+    mesh = {"shape": tuple(config.mesh.shape), "axes": tuple(config.mesh.axes)}
+    setup, weights = restore_setup(how.workdir, devices, **mesh)
+    teacher = Teacher(setup.skeleton, how.logits, how.features, how.temperature)
+    return teacher, weights._asdict()
+
+
+def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
-    train, rates = config.train, config.rates
+    train, rates, loss = config.train, config.rates, config.loss
     plan = soft_plan(train.method, layout, dict(train.options))
-    loss = {"label_smoothing": config.loss.label_smoothing, "aux_weight": config.loss.aux_weight}
+    shared = {"label_smoothing": loss.label_smoothing, "aux_weight": loss.aux_weight}
+    mixing = Mixing(loss.mixup, loss.cutmix, loss.mix_share, loss.mix_switch)
+    shared["mixing"] = mixing
     optimizer = dict(config.optimizer)
+    accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
     learned = plan.twin == "soft"
     everything = "" if learned else WEIGHTS
-    stages = [Stage("train", Objective(plan, **loss), train.steps, everything, optimizer)]
+    objective = Objective(plan, **shared, teacher=teacher, remat=train.remat)
+    stages = []
+    if train.steps:
+        stages = [Stage("train", objective, train.steps, everything, optimizer, accumulate, ema)]
     if rates.steps:
         if learned:
             raise ValueError(
@@ -65,15 +164,18 @@ def make_stages(config: Config, layout: Layout) -> tuple[Stage, ...]:
             )
         objective = Objective(
             soft_plan(rates.method, layout, dict(rates.options)),
-            **loss,
+            **shared,
             macs_weight=rates.weight,
             target=rates.target,
             unit=rates.unit,
+            remat=rates.remat,
         )
-        # The penalty must be felt from the first step to the last: no decay, no warm-up.
-        how = {**optimizer, "lr": rates.lr, "schedule": "constant", "warmup": 0.0}
-        how["weight_decay"] = 0.0
-        stages.append(Stage("rates", objective, rates.steps, REDUCTIONS, how))
+        # The penalty must be felt from the first step to the last: no warm-up, no decay.
+        how = {**optimizer, "lr": rates.lr, "end": rates.end, "warmup": 0.0, "weight_decay": 0.0}
+        how |= {"schedule": "constant", "end": 0.0} if rates.end == 1 else {"schedule": "cosine"}
+        stages.append(Stage("rates", objective, rates.steps, REDUCTIONS, how, accumulate))
+    if not stages:
+        raise ValueError("config.train.steps and config.rates.steps are both 0; raise one of them.")
     return tuple(stages)
 
 
@@ -83,14 +185,16 @@ def soft_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:
     return plan.with_twin("soft") if get_method(method).learned else plan
 
 
-def learned_plan(setup: Setup, params: Arrays) -> Plan | None:
-    """The packed plan that training gave: rates frozen to integers; None after dense training."""
-    plan = setup.stages[-1].objective.plan
+def learned_plan(setup: Setup, params: Arrays, stage: int = -1) -> Plan | None:
+    """The packed plan that a stage gave: rates frozen to integers; None after dense training."""
+    plan = setup.stages[stage].objective.plan
     if not plan.steps:
         return None
     if plan.name != "diffrate" or plan.twin != "soft":
         return plan.with_twin("packed")
-    model = setup.skeleton.merge(params, setup.rest)
+    logits = to_host({k: v for k, v in params.items() if k.startswith("reductions/")})
+    logits = jax.tree.map(jnp.asarray, logits)
+    model = setup.skeleton.merge({**setup.shapes.params, **logits}, setup.shapes.rest)
     schedule = diffrate.freeze(model.reductions, plan, setup.layout)
     return make_plan("diffrate", setup.layout, **schedule)
 

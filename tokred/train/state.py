@@ -1,22 +1,31 @@
-"""Models as flat dicts of arrays by path, what of them trains, and the optimizer.
+"""Models as flat dicts of arrays by path, and the state of a training run.
 
 A path is such as 'blocks/0/attn/query/kernel'. The train state is a plain dict: 'params' and
-'rest' (arrays by path), 'opt' (the optimizer's, for what trains) and 'step' (int32 []).
+'rest' (arrays by path), 'ema' (averages of what trains, perhaps none), 'opt' (the optimizer's, for
+what trains), 'controllers' (running states of reductions by site), 'key' (of all draws), 'step'
+(int32 []) and 'fault' (int32 [], 0 as long as all numbers were finite).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 Arrays = dict[str, Array]
 State = dict[str, Any]
+
+
+class Weights(NamedTuple):
+    """All arrays of a model, or their shapes: parameters and the rest, by path."""
+
+    params: Arrays
+    rest: Arrays
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class Skeleton:
     rest: Any
     names: tuple[tuple[str, ...], tuple[str, ...]]
 
-    def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
-        """The model with these arrays; under a transformation too."""
+    def merge(self, params: Mapping[str, Any], rest: Mapping[str, Any]) -> Any:
+        """The model with these arrays or shapes; under a transformation too."""
         trees = (
             jax.tree.unflatten(tree, [arrays[name] for name in names])
             for tree, arrays, names in zip(
@@ -39,8 +48,8 @@ class Skeleton:
         return nnx.merge(self.graph, *trees)
 
 
-def split_model(model: nnx.Module) -> tuple[Skeleton, Arrays, Arrays]:
-    """The skeleton, the parameters and all other arrays, both by path."""
+def split_model(model: nnx.Module) -> tuple[Skeleton, Weights]:
+    """The skeleton and the arrays; of a model of shapes too."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     flat, trees, names = [], [], []
     for tree in (params, rest):
@@ -49,13 +58,19 @@ def split_model(model: nnx.Module) -> tuple[Skeleton, Arrays, Arrays]:
         trees.append(definition)
         names.append(tuple(flat[-1]))
     skeleton = Skeleton(graph, trees[0], trees[1], (names[0], names[1]))
-    return skeleton, flat[0], flat[1]
+    return skeleton, Weights(*flat)
 
 
 def path_name(path: Sequence[Any]) -> str:
     """'a/0/b' of a tree path; the 'value' that NNX appends is left out."""
     parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
-    return "/".join(parts[:-1] if parts[-1] == "value" else parts)
+    return "/".join(parts[:-1] if parts[-1:] == ["value"] else parts)
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """All leaves of a tree by path: arrays, or their shapes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def select_names(params: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
@@ -78,49 +93,34 @@ def select_names(params: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
     return found
 
 
-def decays(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether weight decay acts: on kernels only, not on positions, tokens, norms or rates."""
-    return {name: name.endswith("kernel") and p.ndim >= 2 for name, p in params.items()}
-
-
-def make_optimizer(
-    *,
-    lr: float,
-    steps: int,
-    warmup: float = 0.1,
-    schedule: str = "cosine",
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
-) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; the rate warms up, then falls to 0 or stays.
-
-    warmup: share of `steps`. schedule: 'cosine' | 'constant'. Raises ValueError for numbers out of
-    range.
-    """
-    if not (lr > 0 and steps >= 1 and 0 <= warmup < 1 and clip > 0):
-        raise ValueError(
-            f"optimizer: needs lr > 0, steps >= 1, 0 <= warmup < 1 and clip > 0, got lr={lr}, "
-            f"steps={steps}, warmup={warmup}, clip={clip}; change these fields."
-        )
-    rate = make_schedule(lr, steps, round(warmup * steps), schedule)
-    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(clip), adamw)
-
-
-def make_schedule(lr: float, steps: int, warmup: int, schedule: str) -> optax.Schedule:
-    """Learning rate by step. Raises ValueError for an unknown schedule."""
-    if schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, steps)
-    if schedule == "constant":
-        return optax.linear_schedule(0.0 if warmup else lr, lr, max(warmup, 1))
-    raise ValueError(f"optimizer.schedule={schedule!r} must be 'cosine' or 'constant'; change it.")
-
-
 def init_state(
-    params: Arrays, rest: Arrays, tx: optax.GradientTransformation, trainable: Sequence[str]
+    weights: Weights,
+    tx: optax.GradientTransformation,
+    trainable: Sequence[str],
+    *,
+    key: PRNGKeyArray | None = None,
+    controllers: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> State:
     """The train state at step 0; parameters outside `trainable` get no optimizer state."""
-    opt = tx.init({name: params[name] for name in trainable})
-    return {"params": params, "rest": rest, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+    learned = {name: weights.params[name] for name in trainable}
+    return {
+        "params": weights.params,
+        "rest": weights.rest,
+        "ema": jax.tree.map(jnp.copy, learned) if ema else {},
+        "opt": tx.init(learned),
+        "controllers": dict(controllers or {}),
+        "key": jax.random.key(0) if key is None else key,
+        "step": jnp.zeros((), jnp.int32),
+        "fault": jnp.zeros((), jnp.int32),
+    }
+
+
+def result(state: State) -> Weights:
+    """What training gives: averaged parameters where averages are kept."""
+    return Weights({**state["params"], **state["ema"]}, state["rest"])
+
+
+def born_sharded(make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+    """make(*args), compiled so that no leaf ever exists in one piece."""
+    return jax.jit(make, out_shardings=shardings)(*args)

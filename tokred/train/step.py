@@ -1,20 +1,26 @@
 """The one training step and the one evaluation step: pure, jitted, over flat dicts of arrays."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tokred.plan import Call, Layout, Plan, Report
+from tokred.plan import Layout, Plan
+from tokred.report import Call, Report
 from tokred.train.losses import Objective
 from tokred.train.metrics import batch_sums
-from tokred.train.state import Arrays, Skeleton, State
+from tokred.train.optimizer import ema_decay, update_ema
+from tokred.train.state import Arrays, Skeleton, State, Weights
 
 Batch = Mapping[str, Any]  # arrays of numpy or of JAX
-TrainStep = Callable[[State, Batch, PRNGKeyArray], tuple[State, dict[str, Array]]]
+Metrics = dict[str, Array]
+TrainStep = Callable[..., tuple[State, Metrics]]
+Gradients = tuple[Arrays, tuple[Metrics, Any]]
+
+FAULTS = ("the loss", "the gradient norm", "the images")  # bits of state['fault']
 
 
 def make_train_step(
@@ -22,51 +28,120 @@ def make_train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     trainable: Sequence[str],
+    *,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    shardings: tuple[Any, Any, Any] | None = None,
 ) -> TrainStep:
-    """(state, batch, key) -> (state, metrics); the given state is consumed.
+    """(state, batch, frozen) -> (state, metrics); the given state is consumed.
 
-    batch: 'image' [B Y X C], 'label' [B]. key: the seed's; the step's own is folded out of it, so
-    a resumed run draws what an uninterrupted one draws. Gradients exist for `trainable` alone.
+    batch: 'image' [B Y X C], 'label' [B]. frozen: {'params', 'rest'} of the objective's teacher,
+    {} without one. Draws come from state['key'] and state['step'], so a resumed run draws what an
+    uninterrupted one draws. Gradients exist for `trainable` alone.
+
+    From the first step whose images, loss or gradient norm are not finite, the state stays as it
+    was before, but for 'fault': see `FAULTS`.
+
+    accumulate: into how many parts the batch goes, one after another. ema: decay of the averages,
+    0 for none. shardings: of (state, batch, metrics).
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch: Batch, key: PRNGKeyArray) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(key, state["step"])
+    def train_step(state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
         learned = {name: state["params"][name] for name in trainable}
 
-        def loss_of(learned: Arrays) -> tuple[Array, dict[str, Array]]:
-            model = skeleton.merge({**state["params"], **learned}, state["rest"])
-            return objective(model, batch, key)
+        def gradients_of(batch: Batch, key: PRNGKeyArray, controllers: Any) -> Gradients:
+            def loss_of(learned: Arrays) -> tuple[Array, tuple[Metrics, Any]]:
+                model = skeleton.merge({**state["params"], **learned}, state["rest"])
+                return objective(model, batch, key, controllers, frozen)
 
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(learned)
+            return jax.grad(loss_of, has_aux=True)(learned)
+
+        key = jax.random.fold_in(state["key"], state["step"])
+        gradients, (metrics, controllers) = in_parts(
+            gradients_of, batch, key, state["controllers"], accumulate
+        )
+        norm = optax.tree.norm(gradients)
         updates, opt = tx.update(gradients, state["opt"], learned)
         fresh: Any = optax.apply_updates(learned, updates)
-        params = {**state["params"], **fresh}
-        return {**state, "params": params, "opt": opt, "step": state["step"] + 1}, metrics
+        decay = ema_decay(ema, state["step"])
+        fault = state["fault"] | find_faults(metrics["loss"], norm, batch["image"])
+        new = {
+            "params": {**state["params"], **fresh},
+            "ema": update_ema(state["ema"], fresh, decay) if state["ema"] else {},
+            "opt": opt,
+            "controllers": controllers,
+            "step": state["step"] + 1,
+        }
+        old = {name: state[name] for name in new}
+        kept = jax.tree.map(lambda a, b: jnp.where(fault == 0, a, b), new, old)
+        return {**state, **kept, "fault": fault}, {**metrics, "gradient_norm": norm, "fault": fault}
 
-    return train_step
+    if shardings is None:
+        return jax.jit(train_step, donate_argnums=0)
+    state, batch, everywhere = shardings
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, batch, None),
+        out_shardings=(state, everywhere),
+    )
+
+
+def find_faults(loss: Array, norm: Array, images: Array) -> Int[Array, ""]:
+    """A bit of `FAULTS` for each that is not finite."""
+    bad = jnp.stack([~jnp.isfinite(loss), ~jnp.isfinite(norm), ~jnp.isfinite(images).all()])
+    return (bad * 2 ** jnp.arange(len(FAULTS))).sum().astype(jnp.int32)
+
+
+def in_parts(
+    f: Callable[..., Gradients], batch: Batch, key: PRNGKeyArray, controllers: Any, parts: int
+) -> Gradients:
+    """f(batch, key, controllers) with gradients and metrics averaged over parts of the batch.
+
+    Part i holds the rows i, i + parts, ...: so every device splits its own rows.
+    """
+    if parts == 1:
+        return f(batch, key, controllers)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def body(carry: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], Metrics]:
+        total, controllers = carry
+        rows, number = part
+        gradients, (metrics, controllers) = f(rows, jax.random.fold_in(key, number), controllers)
+        return (jax.tree.map(jnp.add, total, gradients), controllers), metrics
+
+    rows = jax.tree.map(split, dict(batch))
+    shapes, _ = jax.eval_shape(f, jax.tree.map(lambda x: x[0], rows), key, controllers)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, controllers), metrics = jax.lax.scan(
+        body, (zeros, controllers), (rows, jnp.arange(parts))
+    )
+    mean = jax.tree.map(lambda x: x / parts, total)
+    return mean, (jax.tree.map(lambda x: x.mean(0), metrics), controllers)
 
 
 def make_forward(
-    skeleton: Skeleton, plan: Plan
-) -> Callable[[Arrays, Arrays, Array, Any], tuple[Float[Array, "B C"], Report]]:
-    """(params, rest, images, key) -> (logits, report), jitted; key may be None."""
+    skeleton: Skeleton, plan: Plan, take: Callable[[Float[Array, "B C"], Report], Any]
+) -> Callable[[Weights, Array, Any], Any]:
+    """(weights, images, key) -> take(logits, report), jitted; key may be None."""
 
     @jax.jit
-    def forward(params: Arrays, rest: Arrays, images: Array, key: Any) -> tuple[Array, Report]:
-        return skeleton.merge(params, rest)(images, plan=plan, call=Call(key=key))
+    def forward(weights: Weights, images: Array, key: Any) -> Any:
+        return take(*skeleton.merge(*weights)(images, plan=plan, call=Call(key=key)))
 
     return forward
 
 
 def make_eval_step(
     skeleton: Skeleton, plan: Plan, layout: Layout
-) -> Callable[[Arrays, Arrays, Batch, Any], dict[str, Array]]:
-    """(params, rest, batch, key) -> sums over the valid rows; see `metrics.batch_sums`."""
+) -> Callable[[Weights, Batch, Any], dict[str, Array]]:
+    """(weights, batch, key) -> sums over the valid rows; see `metrics.batch_sums`."""
 
     @jax.jit
-    def eval_step(params: Arrays, rest: Arrays, batch: Batch, key: Any) -> dict[str, Array]:
-        model = skeleton.merge(params, rest)
+    def eval_step(weights: Weights, batch: Batch, key: Any) -> dict[str, Array]:
+        model = skeleton.merge(*weights)
         logits, report = model(batch["image"], plan=plan, call=Call(key=key))
         return batch_sums(logits, report.sources, batch, layout)
 

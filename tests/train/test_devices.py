@@ -1,0 +1,72 @@
+"""The same curve on any mesh, and the same state from any checkpoint."""
+
+import jax
+import numpy as np
+import pytest
+
+from tokred.train.config import load_config
+from tokred.train.inputs import make_inputs
+from tokred.train.log import RunLog
+from tokred.train.loop import Around, run_stage
+from tokred.train.setup import make_setup
+
+STEPS = 50
+MESHES = {"1": (1, (1,), ("data",)), "8": (8, (8,), ("data",)), "4x2": (8, (4, 2), None)}
+
+
+class Lines(RunLog):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__(None, write=False)
+        self.losses = []
+
+    def write(self, stage, step, numbers, **times):
+        self.losses.append(numbers["loss"])
+
+
+def curve(request, mesh, *more):
+    """Losses of the first STEPS steps of the digits recipe."""
+    count, shape, axes = MESHES[mesh]
+    overrides = [f"train.steps={STEPS}", "rates.steps=0", "data.threads=0", *more]
+    config = load_config(str(request.config.rootpath / "configs/digits_dense.py"), overrides)
+    config.mesh.update({"shape": shape, "axes": axes or ("data", "fsdp")})
+    setup = make_setup(config, jax.devices()[:count])
+    inputs, log = make_inputs(config, setup.model, setup.mesh), Lines()
+    run_stage(
+        setup.stages[0],
+        setup.skeleton,
+        setup.start(0, setup.init()),
+        inputs.train_batches(0),
+        mesh=setup.mesh,
+        around=Around(log=log, every=1, progress=False),
+    )
+    return np.array(log.losses)
+
+
+@pytest.fixture(scope="module")
+def alone(request):
+    return curve(request, "1")
+
+
+@pytest.mark.parametrize("mesh", ["8", "4x2"])
+def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
+    losses = curve(request, mesh)
+    assert alone[-1] < alone[0] - 0.2
+    np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+
+
+def test_nor_on_the_parts_of_the_batch(request, alone):
+    losses = curve(request, "8", "optimizer.accumulate=2")
+    np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+
+
+def test_weights_are_born_in_parts(request):
+    config = load_config(str(request.config.rootpath / "configs/digits_dense.py"))
+    config.mesh.update({"shape": (2, 4), "axes": ("data", "fsdp")})
+    setup = make_setup(config)
+    state = setup.start(0, setup.init())
+    name = "blocks/0/mlp/fc1/kernel"
+    moments = state["opt"][1][0].mu
+    for kernel in (state["params"][name], moments[name]):
+        assert {s.data.shape for s in kernel.addressable_shards} == {(16, 128)}

@@ -1,0 +1,139 @@
+"""What a forward pass hands to reductions, and what it reports of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array, PRNGKeyArray
+
+from tokred.maps import Keep, TokenMap
+from tokred.plan import Ask, LayerCount, Plan, Reduction, Site
+from tokred.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass hands to reductions: modules and states by site name, a key, a mode.
+
+    remat: how many of the first layers, which hold the most tokens, compute their activations
+    again in the backward pass instead of storing them.
+    """
+
+    modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    key: PRNGKeyArray | None = None
+    train: bool = False
+    remat: int = 0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["map", "state", "aux", "evidence"],
+    meta_fields=["site"],
+)
+@dataclass(frozen=True)
+class Record:
+    """What happened at one site."""
+
+    site: str
+    map: Any  # a TokenMap, None for the identity
+    state: Any
+    aux: Any
+    evidence: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "maps", "sources", "aux", "states", "evidence"],
+    meta_fields=["counts"],
+)
+@dataclass(frozen=True)
+class Report:
+    """What a run did; what nobody reads costs nothing under jit.
+
+    tokens: the last Tokens · maps, aux (rates, losses, overflow), states, evidence: by site name
+    · sources: Int[*B S] at every layer's input to attention · counts: static, per layer.
+    """
+
+    tokens: Any
+    maps: Any
+    sources: Any
+    aux: Any
+    states: Any
+    evidence: Any
+    counts: tuple[LayerCount, ...] = ()
+
+    @property
+    def losses(self) -> dict[str, Array]:
+        """Auxiliary losses by 'site/name': entries of aux that start with 'loss'."""
+        return {
+            f"{site}/{name}": value
+            for site, aux in self.aux.items()
+            for name, value in aux.items()
+            if name.startswith("loss")
+        }
+
+
+def make_report(
+    tokens: Tokens, records: Sequence[Record], sources: Sequence[Array], counts: tuple
+) -> Report:
+    """The Report of the records of a forward pass."""
+    return Report(
+        tokens=tokens,
+        maps={r.site: r.map for r in records if r.map is not None},
+        sources=tuple(sources),
+        aux={r.site: r.aux for r in records if r.aux},
+        states={r.site: r.state for r in records if r.state is not None},
+        evidence={r.site: r.evidence for r in records if r.evidence},
+        counts=counts,
+    )
+
+
+def reduce_at(
+    plan: Plan,
+    site: Site,
+    tokens: Tokens,
+    provide: Callable[[Ask], Array],
+    call: Call,
+) -> tuple[Tokens, tuple[Record, ...]]:
+    """Every reduction of `plan` at `site`, in order; later ones see evidence moved by earlier maps.
+
+    provide: the array of an Ask for the tokens as they are at this site.
+    """
+    steps = plan.at(site.kind, site.layer)
+    evidence = {ask.name: provide(ask) for _, reduction in steps for ask in reduction.asks}
+    records = []
+    for step, (_, reduction) in enumerate(steps):
+        mine = {ask.name: evidence[ask.name] for ask in reduction.asks}
+        tokens, map_, state, aux = reduction(
+            tokens,
+            mine,
+            call.states.get(site.name),
+            module=_module(reduction, site, call),
+            key=_key(plan, steps[step], call),
+            train=call.train,
+            twin=plan.twin,
+        )
+        if map_ is not None and step + 1 < len(steps):
+            evidence = {name: _moved(name, value, map_) for name, value in evidence.items()}
+        records.append(Record(site.name, map_, state, aux, mine))
+    return tokens, tuple(records)
+
+
+def _module(reduction: Reduction, site: Site, call: Call) -> Any:
+    if type(reduction).build is Reduction.build:
+        return None
+    return call.modules.get(site.name)
+
+
+def _key(plan: Plan, step: tuple[Site, Reduction], call: Call) -> PRNGKeyArray | None:
+    return None if call.key is None else jax.random.fold_in(call.key, plan.steps.index(step))
+
+
+def _moved(name: str, value: Array, map_: TokenMap) -> Array:
+    if name.startswith("probs"):
+        raise ValueError("Plan: two reductions at one site cannot share 'probs'; use two sites.")
+    return map_.apply(value, "keep" if isinstance(map_, Keep) else "mean")
