@@ -16,20 +16,11 @@ Needs imagenet2012 prepared by TFDS (the error says how) and accelerators whose 
 batch. Afterwards every baseline runs at 60 % of the MACs, without fine-tuning.
 """
 
-from tokred.train.config import Config, default_config, finish
+from tokred.train.config import Config, deit_config, finish
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 1024
 
 
 def get_config(arg: str = "") -> Config:
-    config = default_config()
-    config.model.update({"width": 384, "depth": 12, "heads": 6, "drop_path": 0.1})
-    config.model.dtype = "bfloat16"
-    config.data.update({"name": "imagenet2012", "batch": BATCH, "eval_batch": 1024, "threads": 16})
-    config.train.steps = IMAGES * EPOCHS // BATCH
-    config.optimizer.update({"lr": 5e-4 * BATCH / 512, "end": 0.01, "warmup": 5 / EPOCHS})
-    config.optimizer.update({"weight_decay": 0.05, "b2": 0.999, "clip": 0.0, "ema": 0.99996})
-    config.loss.update({"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0})
-    config.loss.update({"mix_share": 1.0, "mix_switch": 0.5})
-    config.checkpoint.every = 5000
+    config = deit_config(BATCH, IMAGES, EPOCHS)
     return finish(config, arg)

@@ -24,21 +24,17 @@ Needs imagenet2012 prepared by TFDS (the error says how) and accelerators whose 
 batch.
 """
 
-from tokred.train.config import Config, default_config, finish
+from tokred.train.config import Config, finish, imagenet_config
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 30, 2048
 
 
 def get_config(arg: str = "") -> Config:
-    config = default_config()
+    config = imagenet_config(BATCH)
     config.start_from = "runs/vit_s16_imagenet_dense"
-    config.model.update({"width": 384, "depth": 12, "heads": 6, "drop_path": 0.0})
-    config.model.dtype = "bfloat16"
-    config.data.update({"name": "imagenet2012", "batch": BATCH, "eval_batch": 1024, "threads": 16})
+    config.model.drop_path = 0.0
     config.train.update({"steps": IMAGES * EPOCHS // BATCH, "method": "evit"})
     config.train.options = {"keep": 0.7, "fuse": True}
     config.optimizer.update({"lr": 2e-5 * BATCH / 512, "end": 0.025, "warmup": 0.0})
-    config.optimizer.update({"weight_decay": 1e-6, "b2": 0.999, "clip": 0.0})
-    config.loss.update({"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0})
-    config.loss.update({"mix_share": 1.0, "mix_switch": 0.5})
+    config.optimizer.weight_decay = 1e-6
     return finish(config, arg)

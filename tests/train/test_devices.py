@@ -1,5 +1,7 @@
 """The same curve on any mesh, and the same state from any checkpoint."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ class Lines(RunLog):
     """Keeps what is logged."""
 
     def __init__(self):
-        super().__init__(None, write=False)
+        super().__init__(Path(), write=False)
         self.losses = []
 
     def write(self, stage, step, numbers, **times):

@@ -1,9 +1,12 @@
 """Cross entropy and the penalty on cost, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from tokred.models.vit import ViT, vit_config
 from tokred.train.losses import Objective, cross_entropy, macs_penalty, smooth_targets
 
 
@@ -26,3 +29,13 @@ def test_penalty_in_both_units():
 def test_bad_targets_are_named(change):
     with pytest.raises(ValueError, match="loss"):
         Objective(**change)
+
+
+def test_models_of_more_macs_than_an_int32_holds():
+    config = vit_config("vit_b16")
+    rows = {"image": jnp.zeros((1, 224, 224, 3)), "label": jnp.zeros(1, jnp.int32)}
+
+    def loss():
+        return Objective()(ViT(config, rngs=nnx.Rngs(0)), rows, jax.random.key(0), {}, {})
+
+    assert jax.eval_shape(loss)[1][0]["macs_ratio"].dtype == jnp.float32

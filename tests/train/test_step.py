@@ -22,7 +22,7 @@ from tokred.train.step import FAULTS, make_train_step
 CONFIG = ViTConfig(
     image_size=(8, 8), patch=(2, 2), channels=1, width=16, depth=3, heads=2, classes=4
 )
-TX = optax.sgd(0.1)
+TX: optax.GradientTransformation = optax.sgd(0.1)
 
 
 def weights_of(plan=None, seed=0):
@@ -34,7 +34,15 @@ def batch(rows=8, seed=0):
     return {"image": image, "label": np.arange(rows, dtype=np.int32) % 4}
 
 
-def run(objective, *, steps=1, tx=TX, batches=None, frozen=None, **options):
+def run(
+    objective,
+    *,
+    steps=1,
+    tx: optax.GradientTransformation = TX,
+    batches=None,
+    frozen=None,
+    **options,
+):
     """(first state, last state, metrics of all steps)."""
     skeleton, weights = weights_of(objective.plan)
     names, plan = tuple(weights.params), objective.plan

@@ -106,6 +106,27 @@ def digits_config() -> Config:
     return config
 
 
+def imagenet_config(batch: int) -> Config:
+    """What the ImageNet recipes share: ViT-S/16, and how DeiT-S is trained on images."""
+    config = default_config()
+    config.model.update({"width": 384, "depth": 12, "heads": 6, "drop_path": 0.1})
+    config.model.dtype = "bfloat16"
+    config.data.update({"name": "imagenet2012", "batch": batch, "eval_batch": 1024, "threads": 16})
+    config.optimizer.update({"b2": 0.999, "clip": 0.0})
+    config.loss.update({"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0})
+    return config
+
+
+def deit_config(batch: int, images: int, epochs: int) -> Config:
+    """What the ImageNet recipes from scratch share: DeiT-S's schedule and averages."""
+    config = imagenet_config(batch)
+    config.train.steps = images * epochs // batch
+    config.optimizer.update({"lr": 5e-4 * batch / 512, "end": 0.01, "warmup": 5 / epochs})
+    config.optimizer.update({"weight_decay": 0.05, "ema": 0.99996})
+    config.checkpoint.every = 5000
+    return config
+
+
 def finish(config: Config, arg: str) -> Config:
     """The recipe, or for arg='smoke' a copy that runs in seconds.
 
@@ -130,7 +151,7 @@ def shrink(config: Config) -> Config:
         small.checkpoint.every = small.log.every = 2
         if small.data.name != "digits":
             small.data.mock = 32
-            small.model.image_size = tuple(4 * side for side in small.model.patch)
+            small.model.update({"patch": (4, 4), "image_size": (32, 32)})
             small.data.eval_batch = 16
         if small.start_from is not None:  # the other run does not exist at smoke size
             small.start_from, small.train.steps = None, 4

@@ -49,7 +49,13 @@ class Inputs:
             )
 
     def _reading(self) -> dict[str, int]:
-        return {"shard": self.shard, "count": self.count, "num_threads": self.threads}
+        prefetch = max(2, self.threads)
+        return {
+            "shard": self.shard,
+            "count": self.count,
+            "num_threads": self.threads,
+            "prefetch": prefetch,
+        }
 
 
 def make_inputs(config: Config, model: ViTConfig, mesh: Mesh) -> Inputs:

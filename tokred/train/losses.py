@@ -127,7 +127,7 @@ class Objective:
         images, targets = self.mixing(jax.random.fold_in(key, MIX), batch["image"], targets)
         call = Call(states=controllers, key=key, train=True, remat=self.remat)
         logits, report = model(images, plan=self.plan, call=call)
-        dense = cost.macs(model.config)
+        dense = float(cost.macs(model.config))  # more than an int32 holds
         expected = jnp.asarray(cost.expected_macs(model.config, self.plan, report), jnp.float32)
         parts = {"cross_entropy": cross_entropy(logits, targets)}
         parts |= {name: self.aux_weight * value for name, value in report.losses.items()}
