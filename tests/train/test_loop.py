@@ -128,7 +128,10 @@ def test_any_mesh_runs_the_loop(mesh):
 def test_a_trace_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("tokred.train.clock.TRACED", range(1, 3))
     run(Rows(), steps=4, trace=Tracer(tmp_path))
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+    [path] = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    trace = jax.profiler.ProfileData.from_file(str(path))
+    lines = [line for plane in trace.planes for line in plane.lines]
+    assert any(event.name for line in lines for event in line.events)
 
 
 def test_the_log_gets_what_the_seed_decides(tmp_path):
