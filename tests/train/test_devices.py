@@ -13,7 +13,12 @@ from tokred.train.loop import Around, run_stage
 from tokred.train.setup import make_setup
 
 STEPS = 50
-MESHES = {"1": (1, (1,), ("data",)), "8": (8, (8,), ("data",)), "4x2": (8, (4, 2), None)}
+MESHES = {
+    "1": (1, (1,), ("data",)),
+    "8": (8, (8,), ("data",)),
+    "4x2": (8, (4, 2), ("data", "fsdp")),
+    "2x2x2": (8, (2, 2, 2), ("data", "fsdp", "tensor")),
+}
 
 
 class Lines(RunLog):
@@ -32,7 +37,7 @@ def curve(request, mesh, *more):
     count, shape, axes = MESHES[mesh]
     overrides = [f"train.steps={STEPS}", "rates.steps=0", "data.threads=0", *more]
     config = load_config(str(request.config.rootpath / "configs/digits_dense.py"), overrides)
-    config.mesh.update({"shape": shape, "axes": axes or ("data", "fsdp")})
+    config.mesh.update({"shape": shape, "axes": axes})
     setup = make_setup(config, jax.devices()[:count])
     inputs, log = make_inputs(config, setup.model, setup.mesh), Lines()
     run_stage(
@@ -51,7 +56,7 @@ def alone(request):
     return curve(request, "1")
 
 
-@pytest.mark.parametrize("mesh", ["8", "4x2"])
+@pytest.mark.parametrize("mesh", ["8", "4x2", "2x2x2"])
 def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
     losses = curve(request, mesh)
     assert alone[-1] < alone[0] - 0.2

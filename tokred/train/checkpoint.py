@@ -39,6 +39,10 @@ FIELDS = {
 }
 
 
+class NotWrittenError(OSError):
+    """What training had to write could not be written."""
+
+
 class Checkpoints:
     """Checkpoints of one working directory by global step; a context that waits for writes.
 
@@ -130,12 +134,16 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax, TensorStore and the system raise many kinds
-            self._manager.reload()
-            good = f"the last good step is {self.latest}" if self.latest else "no step was saved"
-            raise OSError(
-                f"{self.path}: a checkpoint could not be written ({_first_line(error)}); {good}; "
-                "free the disk or give a --workdir that can be written, then run the same command."
-            ) from error
+            raise self.not_written("a checkpoint", error) from error
+
+    def not_written(self, what: str, error: Exception) -> "NotWrittenError":
+        """The error that says what could not be written, and the last good step."""
+        self._manager.reload()
+        good = f"the last good step is {self.latest}" if self.latest else "no step was saved"
+        return NotWrittenError(
+            f"{self.path.parent}: {what} could not be written ({_first_line(error)}); {good}; free "
+            "the disk or give a --workdir that can be written, then run the same command."
+        )
 
     def about(self) -> dict[str, Any]:
         """The description at the last step.

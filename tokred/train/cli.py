@@ -1,8 +1,10 @@
 """What the scripts share: arguments, and errors of the user as one sentence with exit code 2."""
 
 import argparse
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +41,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     A run that SIGTERM stopped has saved its state and ends with exit code 0. TOKRED_TRACEBACK=1
     shows where an error came from. Ctrl-C ends with exit code 130.
     """
+    if not os.environ.get("TOKRED_TRACEBACK"):
+        _hush()
     try:
         main(sys.argv[1:])
     except Stopped as stopped:
@@ -52,3 +56,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+
+
+def _hush() -> None:
+    """Silences threads that fail in the background, as writers do on a full disk: what they met is
+    raised where it is waited for, and told in one sentence."""
+    threading.excepthook = lambda failed: None
+    plain = sys.excepthook
+    sys.excepthook = lambda *error: plain(*error) if _in_main_thread() else None
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,15 +1,17 @@
 """The main job: train, learn the rates, compare the methods at equal cost, write what came out."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tokred import viz
-from tokred.train.checkpoint import METRIC, Checkpoints
+from tokred.train.checkpoint import METRIC, Checkpoints, NotWrittenError
 from tokred.train.clock import Clock, Tracer, format_summary
 from tokred.train.config import Config, flat_fields, to_json
 from tokred.train.evaluate import Row, check_budget, choose_plans, draw, make_evaluator, make_rows
@@ -52,6 +54,7 @@ def run_job(
       Preempted: SIGTERM came; the state is saved.
     """
     require_same_config(to_json(config))
+    require_writable(workdir)
     setup = make_setup(config)
     check_batch(setup.mesh, config.data.batch, config.optimizer.accumulate)
     check_budget(setup)
@@ -84,7 +87,7 @@ def train(
         log = RunLog(
             workdir, kept=_kept(setup, point), tensorboard=config.log.tensorboard, write=is_main()
         )
-        with log:
+        with naming_the_last_step(checkpoints), log:
             for number in range(point.stage, len(setup.stages)):
                 stage, clock = setup.stages[number], Clock()
                 tracer = Tracer(workdir / "profile" / stage.name if profile else None)
@@ -102,6 +105,29 @@ def train(
                 profiles[stage.name] = clock.summary()
                 _tell_profile(stage.name, profiles, workdir)
         return point.weights
+
+
+@contextlib.contextmanager
+def naming_the_last_step(checkpoints: Checkpoints) -> Iterator[None]:
+    """An error of the system while writing says which step is the last good one."""
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except OSError as error:
+        raise checkpoints.not_written("the log", error) from error
+
+
+def require_writable(workdir: Path) -> None:
+    """Makes the directory. Raises OSError where files cannot be written there."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir."
+        ) from error
 
 
 def run_from(setup: Setup, inputs: Inputs, point: Point, around: Around) -> Point:
