@@ -18,7 +18,7 @@ from tokred.plan import Plan, Site
 from tokred.report import Call
 from tokred.select import merge_to_nearest
 from tokred.tokens import make_tokens
-from tokred.train.losses import cross_entropy
+from tokred.train.losses import cross_entropy, smooth_targets
 
 
 def diffrate_rate(case: Case) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def _training(case: Case, config: ViTConfig, plan: Plan) -> dict[str, Any]:
         logits, report = nnx.merge(graph, rates, rest)(images, plan=plan, call=Call(train=True))
         aux = [report.aux[f"mid_{i}"] for i in layers]
         prune, merge = ([a[f"{name}_kept"] for a in aux] for name in ("prune", "merge"))
-        loss = cross_entropy(logits, case.inputs["labels"])
+        targets = smooth_targets(case.inputs["labels"], logits.shape[-1])
+        loss = cross_entropy(logits, targets)
         flops = macs(config, prune, merge)
         return jnp.stack([loss, flops]), (logits, report.tokens, jnp.stack(prune), jnp.stack(merge))
 

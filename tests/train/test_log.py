@@ -134,6 +134,18 @@ def test_a_section_counts_although_it_raises():
     assert clock.summary()["save_ms"] == 2000.0
 
 
+def test_what_a_busy_device_hides_is_no_overhead():
+    time = Time()
+    clock = Clock(time)
+    clock.turn()
+    for busy in (True, False):
+        with clock("data", lambda busy=busy: busy):
+            time.now += 1.0
+        clock.turn()
+    summary = clock.summary()
+    assert (summary["hidden_ms"], summary["data_ms"], summary["overhead"]) == (500.0, 500.0, 0.5)
+
+
 def test_no_turn_no_time():
     summary = Clock(Time()).summary()
     assert (summary["steps"], summary["turn_ms"], summary["overhead"]) == (0, 0.0, 0.0)

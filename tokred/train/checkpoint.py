@@ -132,7 +132,8 @@ class Checkpoints:
 
     def _guarded(self, write: Callable[[], Any]) -> None:
         try:
-            write()
+            if write() is False:
+                raise ValueError("a later step is there already")
         except Exception as error:  # Orbax, TensorStore and the system raise many kinds
             raise self.not_written("a checkpoint", error) from error
 

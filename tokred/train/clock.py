@@ -16,8 +16,9 @@ TRACED = range(10, 20)  # steps after the first in a written trace
 class Clock:
     """Seconds per section of a loop, from the end of its first turn, which compiles.
 
-    with clock('data'): ... adds to a section; what belongs to none is 'other'. `clock.compiled`
-    counts the compilations within section 'step' after the first turn.
+    with clock('data', busy): ... adds to a section, or to 'hidden' if busy() says at its end that
+    the device is still at work, so that nothing waited. `clock.compiled` counts the compilations
+    within section 'step' after the first turn.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -28,13 +29,13 @@ class Clock:
         self._compilations = 0
 
     @contextlib.contextmanager
-    def __call__(self, section: str) -> Iterator[None]:
+    def __call__(self, section: str, busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
         before, compilations = self._now(), self._compilations
         try:
             yield
         finally:
-            spent = self._now() - before
-            self._spent[section] = self._spent.get(section, 0.0) + spent
+            spent, name = self._now() - before, "hidden" if busy() else section
+            self._spent[name] = self._spent.get(name, 0.0) + spent
             if section == "step" and self._start is not None:
                 self.compiled += self._compilations - compilations
 
@@ -47,7 +48,7 @@ class Clock:
 
     def summary(self) -> dict[str, float]:
         """Milliseconds per turn in all and by section, and 'overhead': the share of the time that
-        the loop takes for `OVERHEAD`."""
+        the loop takes for `OVERHEAD` while the device has nothing to do."""
         total = 0.0 if self._start is None else self._now() - self._start
         per_turn = 1e3 / max(self.turns, 1)
         sections = {f"{name}_ms": per_turn * s for name, s in sorted(self._spent.items())}

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from tokred import viz
-from tokred.train.checkpoint import METRIC, Checkpoints, NotWrittenError
+from tokred.train.checkpoint import METRIC, Checkpoints
 from tokred.train.clock import Clock, Tracer, format_summary
 from tokred.train.config import Config, flat_fields, to_json
 from tokred.train.evaluate import Row, check_budget, choose_plans, draw, make_evaluator, make_rows
 from tokred.train.inputs import Inputs, make_inputs
-from tokred.train.log import RunLog
+from tokred.train.log import LogError, RunLog
 from tokred.train.loop import Around, Place, Save, run_stage
 from tokred.train.mesh import check_batch
 from tokred.train.processes import Preemption, is_main, require_same_config
@@ -109,12 +109,10 @@ def train(
 
 @contextlib.contextmanager
 def naming_the_last_step(checkpoints: Checkpoints) -> Iterator[None]:
-    """An error of the system while writing says which step is the last good one."""
+    """A log that cannot be written says which step is the last good one."""
     try:
         yield
-    except NotWrittenError:
-        raise
-    except OSError as error:
+    except LogError as error:
         raise checkpoints.not_written("the log", error) from error
 
 

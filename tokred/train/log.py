@@ -1,13 +1,18 @@
 """What a run tells: a bar for people, JSON lines and TensorBoard event files for tools."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+
+
+class LogError(OSError):
+    """The log could not be written."""
 
 
 class RunLog:
@@ -43,19 +48,32 @@ class RunLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for file in (self._lines, self._events):
-            if file is not None:
-                file.close()
+        with _naming_the_log():
+            for file in (self._lines, self._events):
+                if file is not None:
+                    file.close()
 
     def write(self, stage: str, step: int, numbers: Mapping[str, float], **times: float) -> None:
-        """One line and one event per number; times go to the events alone."""
-        if self._lines is not None:
-            line = {"stage": stage, "step": step, **{k: float(v) for k, v in numbers.items()}}
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
-        if self._events is not None:
-            for name, value in {**numbers, **times}.items():
-                self._events.add_scalar(f"{stage}/{name}", float(value), step)
+        """One line and one event per number; times go to the events alone.
+
+        Raises LogError where the disk does not take them.
+        """
+        with _naming_the_log():
+            if self._lines is not None:
+                line = {"stage": stage, "step": step, **{k: float(v) for k, v in numbers.items()}}
+                self._lines.write(json.dumps(line) + "\n")
+                self._lines.flush()
+            if self._events is not None:
+                for name, value in {**numbers, **times}.items():
+                    self._events.add_scalar(f"{stage}/{name}", float(value), step)
+
+
+@contextlib.contextmanager
+def _naming_the_log() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LogError(str(error)) from error
 
 
 def _keep_lines(path: Path, kept: Callable[[str, int], bool]) -> None:

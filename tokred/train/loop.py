@@ -102,12 +102,17 @@ class _Turn:
         self.around, self.clock = around, around.clock
         self.watch = Watch(stage.name, start)
         self.bar: Progress | None = None
+        self.told: dict[str, Any] = {}
+
+    def busy(self) -> bool:
+        """Whether the device is still at the last step."""
+        return bool(self.told) and not self.told["loss"].is_ready()
 
     def feed(self, step: int) -> dict[str, Array]:
-        with self.clock("data"):
+        with self.clock("data", self.busy):
             batch = dict(next(self.batches))
             self.watch.saw(step, batch["id"], self.batches.get_state())
-        with self.clock("place"):
+        with self.clock("place", self.busy):
             rows = to_mesh({name: batch[name] for name in ("image", "label")}, self.mesh)
         if self.bar is None:
             size, show = len(rows["label"]), self.around.progress
@@ -117,7 +122,7 @@ class _Turn:
 
     def hear(self, step: int, state: State, metrics: Metrics) -> None:
         """Logs and saves where it is time to, and only then waits for the device."""
-        around, last = self.around, step == self.stage.steps
+        around, last, self.told = self.around, step == self.stage.steps, metrics
         stop = around.stop(step) and not last
         tell = last or step % around.every == 0
         save = last or stop or step % around.save_every == 0
