@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tokred.train.config import load_config
 from tokred.train.inputs import make_inputs
-from tokred.train.job import find_place, train
+from tokred.train.job import find_place, require_writable, train
 from tokred.train.setup import make_setup, restore_setup
 
 OVERRIDES = [
@@ -88,6 +89,11 @@ def test_changed_fields_are_named_unless_allowed(dense, tmp_path):
     shutil.rmtree(copied / "checkpoints" / "4")
     _, lines = go(copied, "optimizer.ema=0.5", "optimizer.lr=0.1", allow_changes=True)
     assert lines[:2] == dense[2][:2] and lines[3]["loss"] != dense[2][3]["loss"]
+
+
+def test_an_address_is_no_workdir():
+    with pytest.raises(ValueError, match=r"workdir gs:/bucket/run is an address.*mount"):
+        require_writable(Path("gs://bucket/run"))
 
 
 def test_the_place_in_the_data_counts_samples():

@@ -118,6 +118,11 @@ def naming_the_last_step(checkpoints: Checkpoints) -> Iterator[None]:
 
 def require_writable(workdir: Path) -> None:
     """Makes the directory. Raises OSError where files cannot be written there."""
+    if workdir.parts[0].endswith(":"):  # pathlib makes gs:/bucket of gs://bucket
+        raise ValueError(
+            f"workdir {workdir} is an address, not a directory; mount the bucket (docs/launch.md) "
+            "and give --workdir as a path."
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
