@@ -13,7 +13,7 @@ from tokred.train.config import load_config
 from tokred.train.inputs import make_inputs
 from tokred.train.job import evaluate_job, run_job, train
 from tokred.train.log import RunLog
-from tokred.train.setup import make_setup, restore_setup
+from tokred.train.setup import learned_plan, make_setup, restore_setup
 
 OVERRIDES = [
     "log.progress=False",
@@ -65,6 +65,14 @@ def test_the_checkpoint_alone_gives_the_same_figures(finished):
     workdir, rows = finished
     again = evaluate_job(workdir)
     assert [[r[k] for k in FIGURES] for r in again] == [[r[k] for k in FIGURES] for r in rows]
+
+
+def test_the_checkpoint_carries_the_learned_schedule(finished):
+    setup, weights = restore_setup(finished[0])
+    with Checkpoints(finished[0], create=False) as checkpoints:
+        stored = checkpoints.about()["schedule"]
+    counts = learned_plan(setup, weights.params).counts(setup.layout)
+    assert stored == {"method": "diffrate", "counts": [list(count) for count in counts]}
 
 
 def test_other_budgets_and_methods_on_the_same_weights(finished):
