@@ -1,5 +1,6 @@
 """What the README claims is current: its table of methods, and its commands."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,3 +38,12 @@ def test_commands_parse(line: str):
 
 def test_the_bench_command_is_shown():
     assert any("tokred bench" in line for line in commands())
+
+
+def test_the_table_of_pods_is_what_the_compiler_said():
+    text = README.read_text()
+    for row in json.loads((README.parent / "docs" / "pods.json").read_text()):
+        memory = f"{row['arguments_mib']:.0f} + {row['temp_mib']:.0f}"
+        talk = " / ".join(str(count) for count in row["collectives"].values())
+        line = f"| {memory} | {row['gflops']:.0f} | {talk} |"
+        assert line in text, f"{row['pod']} {row['plan']}: {line}"
