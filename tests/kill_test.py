@@ -17,18 +17,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.train import jobs
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {"train": 60, "rates": 20}
 FIELDS = (
     *(f"{stage}.steps={steps}" for stage, steps in STEPS.items()),
     "checkpoint.every=3",
-    "log.every=1",
-    "log.progress=False",
-    "log.tensorboard=False",
-    "evaluate.methods=()",
-    "model.drop_path=0.1",
-    "loss.mixup=0.2",
-    "optimizer.ema=0.9",
+    *jobs.FIELDS,
 )
 LIMIT = 300.0  # seconds that a start may take
 POLL = 0.005

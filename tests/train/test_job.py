@@ -71,8 +71,10 @@ def test_the_checkpoint_carries_the_learned_schedule(finished):
     setup, weights = restore_setup(finished[0])
     with Checkpoints(finished[0], create=False) as checkpoints:
         stored = checkpoints.about()["schedule"]
-    counts = learned_plan(setup, weights.params).counts(setup.layout)
-    assert stored == {"method": "diffrate", "counts": [list(count) for count in counts]}
+    plan = learned_plan(setup, weights.params)
+    assert plan is not None
+    counts = [list(count) for count in plan.counts(setup.layout)]
+    assert stored == {"method": "diffrate", "counts": counts}
 
 
 def test_other_budgets_and_methods_on_the_same_weights(finished):

@@ -260,14 +260,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def flat_fields(value: Any, path: str) -> dict[str, Any]:
-    """{'path.a.b': value} of nested dicts."""
-    if not isinstance(value, Mapping):
-        return {path: value}
-    parts = (flat_fields(part, f"{path}.{name}") for name, part in value.items())
-    return {k: v for part in parts for k, v in part.items()}
-
-
 def from_json(fields: Mapping[str, Any]) -> Config:
     """The config that `to_json` gave."""
     return ConfigDict(fields, convert_dict=True).lock()

@@ -13,13 +13,13 @@ import jax
 from tokred import viz
 from tokred.train.checkpoint import METRIC, Checkpoints
 from tokred.train.clock import Clock, Tracer, format_summary
-from tokred.train.config import Config, flat_fields, to_json
+from tokred.train.config import Config, to_json
 from tokred.train.evaluate import Row, check_budget, choose_plans, draw, make_evaluator, make_rows
 from tokred.train.inputs import Inputs, make_inputs
 from tokred.train.log import LogError, RunLog
 from tokred.train.loop import Around, Place, Save, run_stage
 from tokred.train.mesh import check_batch
-from tokred.train.processes import Preemption, is_main, require_same_config
+from tokred.train.processes import Preemption, flat_fields, is_main, require_same_config
 from tokred.train.setup import Setup, learned_plan, make_setup, restore_setup
 from tokred.train.state import State, Weights, result
 

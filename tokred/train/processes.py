@@ -231,7 +231,7 @@ def _broadcast(text: str) -> str:
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    here, there = _flat(mine, "config"), _flat(theirs, "config")
+    here, there = flat_fields(mine, "config"), flat_fields(theirs, "config")
     names = [k for k in {**here, **there} if here.get(k, ...) != there.get(k, ...)]
     told = [
         f"{k}={here.get(k, 'absent')!r} here, {there.get(k, 'absent')!r} in process 0"
@@ -241,10 +241,12 @@ def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "; ".join(told) + more
 
 
-def _flat(value: Any, path: str) -> dict[str, Any]:
+def flat_fields(value: Any, path: str) -> dict[str, Any]:
+    """{'path.a.b': value} of nested dicts."""
     if not isinstance(value, Mapping):
         return {path: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{path}.{name}").items()}
+    parts = (flat_fields(part, f"{path}.{name}") for name, part in value.items())
+    return {k: v for part in parts for k, v in part.items()}
 
 
 class Preempted(Stopped):
