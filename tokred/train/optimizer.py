@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-Arrays = dict[str, Array]
+from tokred.train.state import Arrays
+
 LAST = ("norm", "head", "reductions")  # behind all blocks
 
 
