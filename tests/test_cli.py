@@ -8,12 +8,15 @@ import pytest
 
 from tokred.__main__ import main
 from tokred.methods import list_methods
+from tokred.models.sizes import DECODERS
 
 SMALL = ["--model", "vit_ti16", "--image-size", "64", "--batch", "1", "--rounds", "1"]
 ROW = {
     "method", "macs", "macs_ratio", "ms", "ms_ratio", "ms_low", "ms_high", "compile_s",
-    "compile_ratio",
+    "compile_ratio", "temp_bytes",
 }  # fmt: skip
+DECODER_ROW = ROW | {"pass", "share", "cache_bytes", "used_bytes"}
+DECODER = ["--model", "lm_tiny", "--tokens", "16", "--batch", "1", "--rounds", "1"]
 
 
 def bench_json(capsys, *arguments: str) -> dict:
@@ -48,6 +51,27 @@ def test_bench_prints_a_table(capsys):
     assert "packed twin" in meta and head.startswith("method") and dense.startswith("dense")
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(DECODERS, "lm_tiny", {"width": 16, "depth": 2, "heads": 2})
+
+
+def test_bench_of_a_decoder(capsys, tiny):
+    how = ["--train", "--decode", "--steps", "2", "--keep", "0.5", "--json"]
+    assert main(["bench", *DECODER, *how]) == 0
+    result = json.loads(capsys.readouterr().out)
+    passes = ["forward"] * 2 + ["train"] * 2 + ["decode"] * 2 + ["decode, skip"]
+    assert [row["pass"] for row in result["rows"]] == passes
+    assert all(set(row) == DECODER_ROW for row in result["rows"])
+    assert result["share"] == 0.5 and "fused" in result["ratios"] and "causal" in result["path"]
+
+
+def test_a_table_has_no_empty_columns(capsys, tiny):
+    assert main(["bench", *DECODER, "--best-dense"]) == 0
+    meta, head, *rows = capsys.readouterr().out.splitlines()
+    assert "the faster of dense" in meta and "cache" not in head and len(rows) == 3
+
+
 def test_methods_lists_all(capsys):
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["methods"]
@@ -68,6 +92,12 @@ def test_methods_lists_all(capsys):
         ["bench", "--image-size", "225"],
         ["bench", "--keep", "2"],
         ["bench", "--methods", "topk", "--macs", "0.01"],
+        ["bench", "--tokens", "64"],
+        ["bench", "--model", "lm_3m", "--image-size", "64"],
+        ["bench", "--model", "lm_4m"],
+        ["bench", "--model", "lm_3m", "--methods", "mod,tome"],
+        ["bench", "--model", "lm_3m", "--tokens", "4096"],
+        ["bench", "--model", "lm_3m", "--tokens", "16", "--methods", "pmod", "--rounds", "1"],
     ],
 )
 def test_a_wrong_value_is_one_sentence(capsys, arguments: list[str]):

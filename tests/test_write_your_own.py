@@ -42,7 +42,7 @@ def test_it_is_short_and_registered(own: str):
     assert list_methods()[-1].name == ROW.method
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", CHECKS[ROW.model])
 @pytest.mark.usefixtures("own")
 def test_property(name: str):
     run_check(name, ROW)

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from tokred.cost.bench import bench, device_name
+from tokred.cost.bench import Row, bench, device_name
+from tokred.cost.bench_decoder import Passes, bench_decoder
 from tokred.methods import Method, golden_passed, list_methods
-from tokred.models import vit_config
+from tokred.models import decoder_config, vit_config
 
 DTYPES = ("float32", "bfloat16")
 # Heading, field, format; times in milliseconds per batch.
@@ -26,6 +27,20 @@ BENCH_COLUMNS = (
     ("compile s", "compile_s", "{:.2f}"),
     ("compile ratio", "compile_ratio", "{:.2f}"),
 )
+DECODER_COLUMNS = (
+    ("pass", "pass", "{}"),
+    *BENCH_COLUMNS,
+    ("temp MB", "temp_bytes", "{:.0f}"),
+    ("share", "share", "{:.3f}"),
+    ("cache MB", "cache_bytes", "{:.1f}"),
+    ("used MB", "used_bytes", "{:.1f}"),
+)
+MEGA = ("macs", "temp_bytes", "cache_bytes", "used_bytes")
+# What only one kind of model takes, with its defaults.
+IMAGE_ONLY = {"image_size": 224}
+TEXT_ONLY = {
+    "tokens": 1024, "train": False, "decode": False, "steps": 32, "share": None, "best_dense": False
+}  # fmt: skip
 METHOD_FIELDS = (
     "method", "family", "site", "training", "needs", "count", "twins", "golden", "paper", "summary"
 )  # fmt: skip
@@ -53,9 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("bench", help="time methods against the dense model")
     run.set_defaults(run=_bench)
-    run.add_argument("--model", default="vit_s16", help="vit_{ti,s,b,l,h} and the patch size")
-    run.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS")
-    run.add_argument("--methods", default="dense,tome,evit,topk", metavar="NAME,NAME,...")
+    sizes = "vit_{ti,s,b,l,h} and the patch size, or a decoder such as lm_100m"
+    run.add_argument("--model", default="vit_s16", help=sizes)
+    run.add_argument("--methods", metavar="NAME,NAME,...")
     run.add_argument("--batch", type=_positive, default=8)
     run.add_argument("--rounds", type=_positive, default=10, help="each times all methods once")
     budget = run.add_mutually_exclusive_group()
@@ -63,12 +78,27 @@ def make_parser() -> argparse.ArgumentParser:
     budget.add_argument("--macs", type=float, help="target: this share of the dense MACs")
     run.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the computation")
     run.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    images = run.add_argument_group("image models")
+    images.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default 224")
+    _add_text_arguments(run.add_argument_group("decoders"))
     show = commands.add_parser("methods", help="list every method")
     show.set_defaults(run=_methods)
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
     return parser
+
+
+def _add_text_arguments(text: argparse._ArgumentGroup) -> None:
+    flag = {"action": "store_true", "default": None}
+    text.add_argument("--tokens", type=_positive, help="of a sequence, default 1024")
+    text.add_argument("--train", **flag, help="time the loss and its gradient too")
+    text.add_argument("--decode", **flag, help="time decoding, token by token, too")
+    text.add_argument("--steps", type=_positive, help="tokens decoded per call, default 32")
+    share = "of layers that decoded tokens enter by chance, default: --keep or 0.125"
+    text.add_argument("--share", type=float, help=share)
+    best = "ratios to the faster of dense with fused and with plain attention"
+    text.add_argument("--best-dense", **flag, help=best)
 
 
 def _positive(text: str) -> int:
@@ -79,24 +109,70 @@ def _positive(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    config = vit_config(args.model, image_size=args.image_size, dtype=jnp.dtype(args.dtype))
-    names = [name.strip() for name in args.methods.split(",")]
-    rows = bench(
-        config, names, batch=args.batch, rounds=args.rounds, keep=args.keep, ratio=args.macs
-    )
-    given = ("model", "image_size", "batch", "rounds", "keep", "dtype")
+    text = not args.model.startswith("vit_")
+    own, others = (TEXT_ONLY, IMAGE_ONLY) if text else (IMAGE_ONLY, TEXT_ONLY)
+    for name in others:
+        if getattr(args, name) is not None:
+            flag, kind = name.replace("_", "-"), "image models" if text else "decoders"
+            raise ValueError(f"--{flag} is for {kind}, not for {args.model!r}; leave it out.")
+    for name, default in own.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+    rows, about = (_bench_decoder if text else _bench_images)(args)
+    given = ("model", "batch", "rounds", "keep", "dtype", *own)
     meta = {name: getattr(args, name) for name in given} | {"macs_target": args.macs}
-    meta |= {"device": device_name(), "jax": jax.__version__, "path": "packed twin, logits only"}
+    meta |= {"device": device_name(), "jax": jax.__version__, **about}
     if args.json:
         print(json.dumps({"rows": rows, **meta}))
         return
+    columns = [c for c in DECODER_COLUMNS if _told(c[1], rows)] if text else BENCH_COLUMNS
     print(", ".join(f"{name} {value}" for name, value in meta.items() if value is not None))
-    print(_table([head for head, _, _ in BENCH_COLUMNS], [_cells(row) for row in rows]))
+    print(_table([head for head, _, _ in columns], [_cells(row, columns) for row in rows]))
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    scaled = row | {"macs": row["macs"] / 1e6}
-    return [form.format(scaled[field]) for _, field, form in BENCH_COLUMNS]
+def _told(field: str, rows: Sequence[Row]) -> bool:
+    return any(row[field] is not None for row in rows)
+
+
+def _bench_images(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    config = vit_config(args.model, image_size=args.image_size, dtype=jnp.dtype(args.dtype))
+    names = _names(args.methods or "dense,tome,evit,topk")
+    rows = bench(
+        config, names, batch=args.batch, rounds=args.rounds, keep=args.keep, ratio=args.macs
+    )
+    return rows, {"path": "packed twin, logits only"}
+
+
+def _bench_decoder(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    if args.share is None:
+        args.share = 0.125 if args.keep is None else args.keep
+    rows = bench_decoder(
+        decoder_config(args.model, dtype=jnp.dtype(args.dtype)),
+        _names(args.methods or "dense,mod"),
+        tokens=args.tokens,
+        batch=args.batch,
+        rounds=args.rounds,
+        keep=args.keep,
+        ratio=args.macs,
+        passes=Passes(args.train, args.decode, args.steps, args.share),
+        best_dense=args.best_dense,
+    )
+    path = "packed twin forward and train (loss and gradient, no optimizer)"
+    path += "; causal twin to decode, layers entered by chance" if args.decode else ""
+    fused = "dense with fused attention"
+    base = f"the faster of {fused} and with plain attention" if args.best_dense else fused
+    return rows, {"path": path, "ratios": f"to {base}"}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _cells(row: Row, columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    scaled = {
+        field: value / 1e6 if field in MEGA and value is not None else value
+        for field, value in row.items()
+    }
+    return ["" if scaled[f] is None else form.format(scaled[f]) for _, f, form in columns]
 
 
 def _methods(args: argparse.Namespace) -> None:
@@ -148,7 +224,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def _column(cells: Sequence[str]) -> list[str]:
     width = max(map(len, cells))
-    numbers = all(cell[:1].isdigit() for cell in cells[1:])
+    numbers = all(cell[:1].isdigit() for cell in cells[1:] if cell)
     return [cell.rjust(width) if numbers else cell.ljust(width) for cell in cells]
 
 

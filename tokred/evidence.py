@@ -13,7 +13,8 @@ from tokred.tokens import Tokens
 
 @dataclass(frozen=True)
 class Seen:
-    """What evidence is made of: a layer's q, k, v [*B N H E], its input, and its tokens."""
+    """What evidence is made of: a layer's q, k, v [*B N H E], its input, its tokens, and where
+    attention is masked or capped, how."""
 
     q: Any
     k: Any
@@ -21,10 +22,15 @@ class Seen:
     input: Any
     tokens: Tokens
     scale: float | None = None
+    mask: Any = None
+    cap: float | None = None
 
     def softmax_arguments(self) -> dict[str, Any]:
+        """What the layer's attention is told, for `ops.attention_probs`."""
         tokens = self.tokens
         return {
+            "mask": self.mask,
+            "cap": self.cap,
             "bias": tokens.key_bias(),
             "valid": tokens.valid,
             "policy": tokens.policy,
@@ -70,23 +76,25 @@ def _rows(ask: Ask, seen: Seen) -> Array:
         )
     n, batch = seen.tokens.n, seen.tokens.batch
     if ask.rows == "cls":
-        q, own = seen.q[..., :1, :, :], jnp.zeros((1,), jnp.int32)
+        row, own = jnp.zeros((*batch, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
     else:
-        q, own = _last_query(seen), jnp.full((1,), n - 1)
+        row, own = _last_row(seen), jnp.full((1,), n - 1)
         if seen.tokens.policy is not None:
             raise ValueError("Ask: rows='last' and a policy do not go together; use rows='cls'.")
-    rows = attention_rows(q, seen.k, own=own, **seen.softmax_arguments())  # [*B H 1 N]
+    how, axis = seen.softmax_arguments(), len(batch)
+    if seen.mask is not None:
+        how["mask"] = gather(seen.mask, row, axis=axis)
+    rows = attention_rows(gather(seen.q, row, axis=axis), seen.k, own=own, **how)  # [*B H 1 N]
     rows = rows.reshape(*batch, rows.shape[-3], n)
     return rows.mean(axis=-2) if ask.heads == "mean" else jnp.swapaxes(rows, -1, -2)
 
 
-def _last_query(seen: Seen) -> Array:
-    valid = seen.tokens.valid
+def _last_row(seen: Seen) -> Array:
+    valid, n = seen.tokens.valid, seen.tokens.n
     if valid is None:
-        return seen.q[..., -1:, :, :]
-    slots = jnp.arange(seen.tokens.n).reshape((1,) * (valid.ndim - 1) + (-1,))
-    last = jnp.where(valid, slots, 0).max(-1, keepdims=True)
-    return gather(seen.q, last, axis=valid.ndim - 1)
+        return jnp.full((*seen.tokens.batch, 1), n - 1)
+    slots = jnp.arange(n).reshape((1,) * (valid.ndim - 1) + (-1,))
+    return jnp.where(valid, slots, 0).max(-1, keepdims=True)
 
 
 def _column_mean(ask: Ask, seen: Seen) -> Array:

@@ -31,9 +31,10 @@ def min_through(*counts: Float[Array, ""]) -> Float[Array, ""]:
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """1 where sigmoid(logit) > threshold, with the sigmoid's gradient."""
+    """1 where sigmoid(logit) > threshold, with the sigmoid's gradient. inclusive: >= instead."""
 
     threshold: float = 0.5
+    inclusive: bool = False
 
     def init(self) -> None:
         return None
@@ -47,7 +48,8 @@ class StraightThrough:
         train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
         soft = jax.nn.sigmoid(logits)
-        return straight_through((soft > self.threshold).astype(soft.dtype), soft), state, {}
+        above = soft >= self.threshold if self.inclusive else soft > self.threshold
+        return straight_through(above.astype(soft.dtype), soft), state, {}
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,41 @@ class Gumbel:
         key: PRNGKeyArray | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
-        if train:
-            if key is None:
-                raise ValueError("gates.Gumbel: training draws noise; pass key= (Call(key=...)).")
-            logits = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+        logits = _with_noise(logits, key) if train else logits
         soft = jax.nn.softmax(logits / self.temperature, axis=-1)[..., 0]
         return straight_through((soft >= 0.5).astype(soft.dtype), soft), state, {}
+
+
+@dataclass(frozen=True)
+class GumbelChoice:
+    """Hard Gumbel-softmax over C choices: a one-hot vector; straight-through.
+
+    A logit of -inf is never chosen. In evaluation (train=False) the likeliest, without noise.
+    """
+
+    temperature: float = 1.0
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self,
+        logits: Float[Array, "*B N C"],
+        state: Any = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N C"], Any, dict]:
+        logits = _with_noise(logits, key) if train else logits
+        soft = jax.nn.softmax(logits / self.temperature, axis=-1)
+        hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=soft.dtype)
+        return straight_through(hard, soft), state, {}
+
+
+def _with_noise(logits: Array, key: PRNGKeyArray | None) -> Array:
+    if key is None:
+        raise ValueError("gates: training draws Gumbel noise; pass key= (Call(key=...)).")
+    return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,11 @@ class Keep(_Map):
         """The matrix of 'sum': the reference for tests."""
         return self._masked(jax.nn.one_hot(self.index, self.n), len(self.batch))
 
+    def masked(self) -> "Keep":
+        """The same choice with every token in its own slot, valid where it was kept."""
+        every = jnp.broadcast_to(jnp.arange(self.n, dtype=jnp.int32), (*self.batch, self.n))
+        return Keep(every, self.n, self.source >= 0)
+
     def as_assign(self) -> "Assign":
         """The same map as groups of one."""
         gone = jnp.where(self.source < 0, self.k, self.source)

@@ -17,8 +17,14 @@ from tokred.tokens import Tokens, move
 LAYER_SITES = (
     "before", "keys", "inside", "mid", "after", "around", "around_attention", "around_mlp"
 )  # fmt: skip
+AROUND = ("around", "around_attention", "around_mlp")
 MODEL_SITES = ("input", "output", "cache", "step", "loss")
-EVIDENCE = ("rows", "column_mean", "probs", "keys", "values", "qkv", "input", "hidden")
+EVIDENCE = (
+    "rows", "column_mean", "probs", "keys", "values", "qkv", "input", "hidden", "normed", "cached",
+    "experts",
+)  # fmt: skip
+EXPERT_WEIGHT = "expert_weight"  # in Tokens.extra: weights of the next MLP's experts
+TWINS = ("packed", "soft", "causal")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -55,7 +61,9 @@ class Ask:
 
     kind: 'rows' attention of chosen queries, their own softmax · 'column_mean' attention received
     · 'probs' all of [*B H N N], paid visibly · 'keys', 'values', 'qkv' projections · 'input' the
-    layer's input · 'hidden' the current features.
+    layer's input · 'hidden' the current features · 'normed' those as the branch at this site
+    normalises them · 'cached' how many entries the layer's cache holds already, [*B N]
+    · 'experts' the logits of a mixture of experts' router.
     rows: 'cls' | 'last' | the name of a query mask in `Tokens.extra`.
     heads: 'mean' | 'all' (then a head axis follows the token axis).
     layer: 0 this layer · -d stored d layers ago and moved since · +d a later layer's projections
@@ -101,15 +109,22 @@ class Reduction:
     """Base of all methods: frozen hyper-parameters and a selection.
 
     A training-free method defines `counts` and `select`; `move` only where features do not go
-    the default way. A learned one also defines `build` and `__call__` with its two twins.
+    the default way. A learned one also defines `build` and `__call__` with its twins.
+
+    twins: the forms that exist, see `Plan`; in any but the packed one all tokens stay in their
+    slots. Under a twin that a reduction lacks it acts packed.
     """
 
     asks: ClassVar[tuple[Ask, ...]] = ()
-    soft: ClassVar[bool] = False  # whether the soft twin exists: tokens stay, gates act
+    twins: ClassVar[tuple[str, ...]] = ("packed",)
 
     def counts(self, n: int, prefix: int) -> int:
         """Tokens out for `n` tokens in, prefix included in both."""
         raise NotImplementedError
+
+    def slots(self, n: int, prefix: int, twin: str) -> int:
+        """Slots out for `n` slots in under a twin."""
+        return n if twin != "packed" and twin in self.twins else self.counts(n, prefix)
 
     def idle(self, n: int, prefix: int) -> bool:
         """Whether nothing happens to `n` tokens: then the input itself is returned."""
@@ -132,6 +147,19 @@ class Reduction:
     def build(self, width: int, heads: int, rngs: Any) -> Any:
         """The module with this reduction's parameters; None if it learns nothing."""
         return None
+
+    @property
+    def decides(self) -> bool:
+        """Whether a token can decide alone, as the causal twin asks of it."""
+        return "causal" in self.twins
+
+    def cached(self, length: int) -> int:
+        """Slots that the cache of this layer needs for a sequence of `length` tokens."""
+        return length
+
+    def module_name(self, site: Site) -> str:
+        """Where the module hangs in the model; reductions that name one place share one module."""
+        return site.name
 
     def macs(self, n: int, layout: Layout) -> int:
         """Multiply-accumulates of the reduction itself, per example."""
@@ -177,7 +205,8 @@ class LayerCount(NamedTuple):
 class Plan:
     """Frozen and hashable: (site, reduction) pairs in the order of action, and a twin.
 
-    twin: 'packed' (tokens leave) or 'soft' (tokens stay, gates act; learned reductions only).
+    twin: 'packed' tokens leave · 'soft' tokens stay, gates or masks act · 'causal' tokens stay and
+    each decides alone, without those that follow: for decoding step by step.
     """
 
     steps: tuple[tuple[Site, Reduction], ...] = ()
@@ -185,8 +214,8 @@ class Plan:
     name: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.twin not in ("packed", "soft"):
-            raise ValueError(f"Plan: twin={self.twin!r} must be 'packed' or 'soft'.")
+        if self.twin not in TWINS:
+            raise ValueError(f"Plan: twin={self.twin!r} must be one of {TWINS}; change twin.")
 
     def at(self, kind: str, layer: int | None = None) -> tuple[tuple[Site, Reduction], ...]:
         return tuple(step for step in self.steps if step[0] == Site(kind, layer))
@@ -209,8 +238,9 @@ class Plan:
         return dataclasses.replace(self, twin=twin)
 
     def build(self, layout: Layout, rngs: Any) -> dict[str, Any]:
-        """Modules of the learned reductions, by site name."""
-        built = {s.name: r.build(layout.width, layout.heads, rngs) for s, r in self.steps}
+        """Modules of the learned reductions, by their names."""
+        named = {r.module_name(site): r for site, r in self.steps}
+        built = {name: r.build(layout.width, layout.heads, rngs) for name, r in named.items()}
         return {name: module for name, module in built.items() if module is not None}
 
     def init(self) -> dict[str, Any]:
@@ -259,14 +289,15 @@ class Plan:
 
     def _after(self, kind: str, layer: int | None, n: int, layout: Layout) -> int:
         for site, reduction in self.at(kind, layer):
-            k = reduction.counts(n, layout.prefix)
-            if not layout.prefix < k <= n:
+            k = reduction.slots(n, layout.prefix, self.twin)
+            lowest = 0 if kind in AROUND else layout.prefix + 1  # around a layer all come back
+            if not lowest <= k <= n:
                 raise ValueError(
                     f"Plan {self.name!r}: {type(reduction).__name__} at {site.name} would leave "
                     f"{k} of {n} tokens ({layout.prefix} protected); give it a count in "
-                    f"[{layout.prefix + 1}, {n}]."
+                    f"[{lowest}, {n}]."
                 )
-            n = n if self.twin == "soft" and reduction.soft else k
+            n = k
         return n
 
 

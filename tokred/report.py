@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, PRNGKeyArray
 
 from tokred.maps import Keep, TokenMap
-from tokred.plan import Ask, LayerCount, Plan, Reduction, Site
+from tokred.plan import LAYER_SITES, MODEL_SITES, Ask, LayerCount, Plan, Reduction, Site
 from tokred.tokens import Tokens
 
 
@@ -18,8 +18,10 @@ from tokred.tokens import Tokens
 class Call:
     """What one forward pass hands to reductions: modules and states by site name, a key, a mode.
 
-    remat: how many of the first layers, which hold the most tokens, compute their activations
-    again in the backward pass instead of storing them.
+    key: draws of a layer come from it and the layer's number. remat: how many of the first layers,
+    which hold the most tokens, compute their activations again in the backward pass instead of
+    storing them. skip: in decoding, leave out a layer that no example's token enters, at the price
+    of asking all of them.
     """
 
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -27,6 +29,12 @@ class Call:
     key: PRNGKeyArray | None = None
     train: bool = False
     remat: int = 0
+    skip: bool = False
+
+    def in_layer(self, number: int | Array) -> "Call":
+        """The same with this layer's own key."""
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        return dataclasses.replace(self, key=key)
 
 
 @functools.partial(
@@ -113,7 +121,7 @@ def reduce_at(
             mine,
             call.states.get(site.name),
             module=_module(reduction, site, call),
-            key=_key(plan, steps[step], call),
+            key=_key(step, site, call),
             train=call.train,
             twin=plan.twin,
         )
@@ -123,14 +131,32 @@ def reduce_at(
     return tokens, tuple(records)
 
 
+def reduce_model(
+    plan: Plan, kind: str, tokens: Tokens, call: Call
+) -> tuple[Tokens, tuple[Record, ...]]:
+    """Every reduction at a site of the whole model, where only 'hidden' is there to ask for."""
+
+    def give(ask: Ask) -> Array:
+        if ask.kind != "hidden":
+            raise ValueError(
+                f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}."
+            )
+        return tokens.x
+
+    return reduce_at(plan, Site(kind), tokens, give, call)
+
+
 def _module(reduction: Reduction, site: Site, call: Call) -> Any:
     if type(reduction).build is Reduction.build:
         return None
-    return call.modules.get(site.name)
+    return call.modules.get(reduction.module_name(site))
 
 
-def _key(plan: Plan, step: tuple[Site, Reduction], call: Call) -> PRNGKeyArray | None:
-    return None if call.key is None else jax.random.fold_in(call.key, plan.steps.index(step))
+def _key(step: int, site: Site, call: Call) -> PRNGKeyArray | None:
+    if call.key is None:
+        return None
+    number = (LAYER_SITES + MODEL_SITES).index(site.kind)
+    return jax.random.fold_in(call.key, 16 * step + number)
 
 
 def _moved(name: str, value: Array, map_: TokenMap) -> Array:

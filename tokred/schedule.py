@@ -98,3 +98,47 @@ def warm_keep_rate(
     span = per_epoch * (total - warm)
     done = iteration - per_epoch * warm
     return base + (top - base) * (math.cos(math.pi * done / span) + 1) / 2
+
+
+DECAYS = ("cosine", "linear", "interleave")
+
+
+def shifted_decay(depth: int, average: float, kind: str = "cosine") -> tuple[float, ...]:
+    """From average + 1/2 in the first layer to average - 1/2 in the last, for p-MoD.
+
+    kind: 'cosine' half a cosine · 'linear' · 'interleave' as 'cosine'.
+    Source: MCG-NJU/p-MoD, whose divisor 31 is here the number of layers less one.
+    """
+    check_decay(kind)
+    place = [layer / max(depth - 1, 1) for layer in range(depth)]
+    if kind == "linear":
+        return tuple(0.5 - t + average for t in place)
+    return tuple(math.cos(math.pi * t) / 2 + average for t in place)
+
+
+def decaying_ratios(
+    depth: int,
+    average: float,
+    *,
+    kind: str = "cosine",
+    highest: float = 0.85,
+    lowest: float = 0.15,
+) -> tuple[float, ...]:
+    """p-MoD's progressive ratio decay: the share of vision tokens that enter each layer.
+
+    A layer above `highest` is dense (1.0), none falls below `lowest`; kind='interleave' gives
+    every second layer the share `average` instead. An average of 1 is dense throughout.
+    """
+    check_decay(kind)
+    if average >= 1:
+        return (1.0,) * depth
+    if kind == "interleave":
+        return tuple(average if layer % 2 else 1.0 for layer in range(depth))
+    decay = shifted_decay(depth, average, kind)
+    return tuple(1.0 if raw > highest else max(raw, lowest) for raw in decay)
+
+
+def check_decay(kind: str) -> None:
+    """Raises ValueError for a kind of decay that does not exist."""
+    if kind not in DECAYS:
+        raise ValueError(f"schedule: kind={kind!r} must be one of {DECAYS}; change kind.")

@@ -2,6 +2,10 @@
 
 import pytest
 
-THEMES = ("shapes", "invariance", "numerics", "gradients", "devices")
+COMMON = ("shapes", "invariance", "alone", "numerics", "gradients", "devices")
+TEXT = (*COMMON, "sequences", "decoding")
+THEMES = {"vit": (*COMMON, "images"), "decoder": TEXT, "experts": TEXT}
 
-pytest.register_assert_rewrite(*(f"tests.conformance.{theme}" for theme in THEMES))
+pytest.register_assert_rewrite(
+    *(f"tests.conformance.{theme}" for themes in THEMES.values() for theme in themes)
+)

@@ -7,14 +7,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.conformance.gradients import by_path, gradients
+from tests.conformance.models import kind_of
 from tests.conformance.setting import (
     KEY,
-    ODD,
     easy,
-    easy_report,
-    images_of,
+    inputs_of,
     loss_of,
     model_of,
+    odd,
+    report_of,
     run_of,
     training,
 )
@@ -35,34 +36,38 @@ def shardings() -> tuple[NamedSharding, NamedSharding]:
 def check_forward_needs_no_collective(row: Row) -> None:
     """Nor does it change a number."""
     everywhere, split = shardings()
-    run = run_of(ODD, easy(row))
+    run = run_of(row, odd(row), easy(row))
 
-    def logits(state, images):
-        out, report = run.forward(state, images, None)
-        return out, report.tokens.sources()
+    def logits(state, inputs):
+        out, report = run.forward(state, inputs, None)
+        return out, [map_.source for map_ in report.maps.values()]
 
-    args = jax.device_put(run.state, everywhere), jax.device_put(images_of(ODD), split)
+    args = jax.device_put(run.state, everywhere), jax.device_put(inputs_of(odd(row)), split)
     traces = run.traces
     compiled = jax.jit(logits, out_shardings=(split, split)).lower(*args).compile()
     run.traces = traces
     assert COLLECTIVES.findall(compiled.as_text() or "") == []
     out, sources = compiled(*args)
-    expected, report = easy_report(easy(row))
+    expected, report = report_of(row, easy(row))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(sources, report.tokens.sources())
+    for source, map_ in zip(sources, report.maps.values(), strict=True):
+        np.testing.assert_array_equal(source, map_.source)
 
 
 def check_training_only_sums_gradients(row: Row) -> None:
     everywhere, split = shardings()
-    graph, state = model_of(ODD, training(row))
-    step = jax.jit(jax.grad(loss_of(graph, training(row))), out_shardings=everywhere)
+    config, plan = odd(row), training(row)
+    graph, state = model_of(config, plan)
+    loss = jax.grad(loss_of(graph, row, plan), (0, 3))
+    step = jax.jit(loss, out_shardings=(everywhere, split))
     args = (
         jax.device_put(state, everywhere),
-        jax.device_put(images_of(ODD), split),
+        jax.device_put(inputs_of(config), split),
         jax.device_put(KEY, everywhere),
+        jax.device_put(kind_of(config).nudge(config), split),
     )
     compiled = step.lower(*args).compile()
     assert set(COLLECTIVES.findall(compiled.as_text() or "")) == {"all-reduce"}
-    expected = gradients(training(row))[0]
-    for name, value in by_path(compiled(*args)).items():
+    expected, params = gradients(row, plan)[0], compiled(*args)[0]
+    for name, value in by_path(params).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)

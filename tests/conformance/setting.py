@@ -1,6 +1,5 @@
-"""The tiny models, batches and cached runs that all checks share."""
+"""Plans, parameters and cached runs that all checks share."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -14,41 +13,55 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from tests.methods_table import Options, Row
+from tests.conformance.models import BATCH, MODELS, Config, Result, kind_of
+from tests.methods_table import Extra, Options, Row
 from tokred import cost
-from tokred.evidence import Seen, provide
 from tokred.methods import make_plan
-from tokred.models import ViT, ViTConfig
-from tokred.plan import Layout, Plan, Reduction
-from tokred.report import Call, Report
-from tokred.tokens import Tokens, make_tokens
+from tokred.models import ViTConfig
+from tokred.plan import AROUND, Plan, Reduction
+from tokred.report import Call
 from tokred.train.state import path_name
 
-BATCH = 8
-TINY: dict[str, Any] = {"patch": (4, 4), "width": 16, "depth": 4, "heads": 2, "classes": 5}
-ODD = ViTConfig(image_size=(12, 20), **TINY)
-EVEN = ViTConfig(image_size=(16, 16), registers=2, **TINY)
 DENSE = Plan()
 KEY = jax.random.key(7)
 
 
-def plan_of(row: Row, config: ViTConfig, options: Options) -> Plan:
+def odd(row: Row) -> Any:
+    return MODELS[row.model].odd
+
+
+def even(row: Row) -> Any:
+    return MODELS[row.model].even
+
+
+def plan_of(row: Row, config: Config, options: Options) -> Plan:
     return make_plan(row.method, config.layout, **options)
 
 
 def easy(row: Row) -> Plan:
-    return plan_of(row, ODD, row.easy)
+    return plan_of(row, odd(row), row.easy)
 
 
 def training(row: Row) -> Plan:
-    """The plan that a train step runs: the soft twin of what learns."""
-    return easy(row).with_twin("soft" if row.learned else "packed")
+    """The plan that a train step runs."""
+    return easy(row).with_twin(row.trains if row.learned else "packed")
+
+
+def decoding(row: Row) -> Plan:
+    """The plan of decoding with a cache; run it under its causal twin."""
+    return plan_of(row, odd(row), row.easy if row.decode is None else row.decode)
+
+
+def routes(plan: Plan) -> bool:
+    """Whether tokens only skip layers: then all are there at the end."""
+    return any(site.kind in AROUND for site, _ in plan.steps)
 
 
 @functools.cache
-def split_model(config: ViTConfig, learned: Plan) -> tuple[Any, Any]:
+def split_model(config: Config, learned: Plan) -> tuple[Any, Any]:
     """(graph, state) of a model whose parameters depend on their paths alone."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: ViT(config, plan=learned, rngs=nnx.Rngs(0))))
+    make = kind_of(config).make
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: make(config, learned, nnx.Rngs(0))))
     return graph, jax.tree_util.tree_map_with_path(_draw, shapes)
 
 
@@ -59,11 +72,12 @@ def _draw(path: Any, leaf: Any) -> Array:
         slope = 4.0 * int(rate[1]) + 2.0 * (rate[2] == "merge") - 9.0
         return slope * jnp.linspace(0.0, 1.0, *leaf.shape, dtype=leaf.dtype)
     spread = math.prod(leaf.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.1
+    spread = 1.0 if name == "embed/embedding" else spread
     draws = np.random.default_rng(zlib.crc32(name.encode())).normal(0, spread, leaf.shape)
     return jnp.asarray(draws + name.endswith("scale"), leaf.dtype)
 
 
-def model_of(config: ViTConfig, plan: Plan) -> tuple[Any, Any]:
+def model_of(config: Config, plan: Plan) -> tuple[Any, Any]:
     learns = any(type(r).build is not Reduction.build for _, r in plan.steps)
     return split_model(config, plan.with_twin("packed") if learns else DENSE)
 
@@ -71,93 +85,68 @@ def model_of(config: ViTConfig, plan: Plan) -> tuple[Any, Any]:
 class Run:
     """A compiled forward pass under a plan; `traces` counts compilations."""
 
-    def __init__(self, config: ViTConfig, plan: Plan):
+    def __init__(self, config: Config, plan: Plan, extra: Extra | None):
         self.graph, self.state = model_of(config, plan)
-        self.plan, self.traces = plan, 0
+        self.kind, self.plan, self.extra = kind_of(config), plan, extra
+        self.traces = 0
         self._jitted = jax.jit(self.forward)
 
-    def forward(self, state: Any, images: Array, valid: Array | None) -> tuple[Array, Report]:
+    def forward(self, state: Any, inputs: Array, valid: Array | None) -> Result:
         self.traces += 1
         model = nnx.merge(self.graph, state)
-        return model(images, plan=self.plan, call=Call(key=KEY), valid=valid)
+        return self.kind.run(model, inputs, valid, self.plan, Call(key=KEY), self.extra, None)
 
-    def __call__(self, images: Array, valid: Array | None = None) -> tuple[Array, Report]:
-        return self._jitted(self.state, images, valid)
-
-
-@functools.cache
-def run_of(config: ViTConfig, plan: Plan) -> Run:
-    return Run(config, plan)
+    def __call__(self, inputs: Array, valid: Array | None = None) -> Result:
+        return self._jitted(self.state, inputs, valid)
 
 
 @functools.cache
-def images_of(config: ViTConfig, seed: int = 0) -> Array:
-    shape = (BATCH, *config.image_size, config.channels)
-    return jax.random.normal(jax.random.key(seed), shape)
+def _run(config: Config, plan: Plan, extra: Extra | None) -> Run:
+    return Run(config, plan, extra)
+
+
+def run_of(row: Row, config: Config, plan: Plan) -> Run:
+    return _run(config, plan, row.extra)
 
 
 @functools.cache
-def valid_of(config: ViTConfig) -> Array:
-    """Patches of which the last 0..7 of an example are padding."""
-    patches = config.grid[0] * config.grid[1]
-    return jnp.arange(patches)[None] < patches - jnp.arange(BATCH)[:, None]
+def inputs_of(config: Config, seed: int = 0) -> Array:
+    return kind_of(config).inputs(config, seed)
 
 
 @functools.cache
-def easy_report(row_plan: Plan) -> tuple[Array, Report]:
-    return run_of(ODD, row_plan)(images_of(ODD))
+def valid_of(config: Config) -> Array:
+    """Tokens (behind the prefix) of which the last 0..7 of an example are padding."""
+    n = config.layout.tokens - config.layout.prefix
+    return jnp.arange(n)[None] < n - jnp.arange(BATCH)[:, None]
 
 
-def loss_of(graph: Any, plan: Plan) -> Callable[[Any, Array, Array], Array]:
-    """A training loss (state, images, key): a fixed direction of logits, auxiliary losses, and the
-    expected cost, which alone reaches a rate whose count is not the smallest so far."""
+@functools.cache
+def _report(config: Config, plan: Plan, extra: Extra | None) -> Result:
+    return _run(config, plan, extra)(inputs_of(config))
 
-    def loss(state: Any, images: Array, key: Array) -> Array:
+
+def report_of(row: Row, plan: Plan) -> Result:
+    """(logits, report) of the 'odd' model."""
+    return _report(odd(row), plan, row.extra)
+
+
+def loss_of(graph: Any, row: Row, plan: Plan, remat: int = 0) -> Callable[..., Any]:
+    """A training loss (state, inputs, key, nudge): a fixed direction of logits, auxiliary losses,
+    and the expected cost, which alone reaches a rate whose count is not the smallest so far."""
+
+    def loss(state: Any, inputs: Array, key: Array, nudge: Array | None = None) -> Any:
         model = nnx.merge(graph, state)
-        logits, report = model(images, plan=plan, call=Call(key=key, train=True))
-        fit = (jax.nn.log_softmax(logits)[:, 0]).mean()
-        spent = cost.expected_macs(model.config, plan, report) / cost.macs(model.config)
-        return sum(report.losses.values(), spent - fit)
+        call = Call(key=key, train=True, remat=remat)
+        run = kind_of(model.config).run
+        logits, report = run(model, inputs, None, plan, call, row.extra, nudge)
+        fit = (jax.nn.log_softmax(logits)[..., 0]).mean()
+        return sum(report.losses.values(), _spent(model.config, plan, report) - fit)
 
     return loss
 
 
-def layout_of(grid: tuple[int, int], prefix: int = 1) -> Layout:
-    return dataclasses.replace(
-        EVEN.layout, grid=grid, prefix=prefix, tokens=prefix + grid[0] * grid[1]
-    )
-
-
-def first_reduction(row: Row, layout: Layout) -> Reduction:
-    """The reduction at a plan's first site, sized for its tokens."""
-    if row.padding is not None:
-        return row.padding(layout)
-    keep = 8 / (layout.tokens - layout.prefix)
-    return make_plan(row.method, layout, keep=keep).steps[0][1]
-
-
-@functools.cache
-def router(reduction: Reduction) -> Any:
-    return reduction.build(16, 2, nnx.Rngs(0))
-
-
-def tokens_of(n: int, prefix: int, padded: int = 0) -> Tokens:
-    """`n` random tokens and `padded` rows of NaN behind, which leave garbage in later layers."""
-    x = jax.random.normal(jax.random.key(1), (2, n, 16))
-    tail = jnp.full((2, padded, 16), jnp.nan)
-    valid = jnp.concatenate([jnp.ones((2, n), bool), jnp.zeros((2, padded), bool)], 1)
-    if not padded:
-        return make_tokens(x, prefix=prefix)
-    tokens = make_tokens(jnp.concatenate([x, tail], 1), valid=valid, prefix=prefix)
-    garbage = 9 * jax.random.normal(jax.random.key(2), tokens.x.shape)
-    return tokens.replace(x=jnp.where(valid[..., None], tokens.x, garbage))
-
-
-def reduce_tokens(reduction: Reduction, tokens: Tokens) -> tuple[Tokens, Any]:
-    """(tokens, map) of one reduction with evidence from fixed projections."""
-    kernels = jax.random.normal(jax.random.key(4), (3, 16, 2, 8)) / 4
-    q, k, v = jnp.einsum("bnd,cdhe->cbnhe", tokens.x, kernels)
-    evidence = {a.name: provide(a, Seen(q, k, v, tokens.x, tokens)) for a in reduction.asks}
-    module = router(reduction)
-    out, map_, _, _ = reduction(tokens, evidence, reduction.init(), module=module, key=KEY)
-    return out, map_
+def _spent(config: Config, plan: Plan, report: Any) -> Any:
+    if not isinstance(config, ViTConfig):
+        return 0.0
+    return cost.expected_macs(config, plan, report) / cost.macs(config)

@@ -6,26 +6,39 @@ import jax
 import numpy as np
 
 from tests.conformance.setting import (
-    EVEN,
-    ODD,
     easy,
-    easy_report,
-    images_of,
+    even,
+    inputs_of,
+    odd,
     plan_of,
+    report_of,
+    routes,
     run_of,
     valid_of,
 )
-from tests.methods_table import Row
+from tests.methods_table import Options, Row
 from tokred.methods import get_method
+from tokred.plan import AROUND, LayerCount
 from tokred.report import Report
 
 
 def reports(row: Row) -> list[tuple[Report, np.ndarray, int]]:
     """(report, valid originals, prefix) of the easy plan, and of the hard one with padding."""
-    hard = run_of(EVEN, plan_of(row, EVEN, row.hard))(images_of(EVEN), valid_of(EVEN))[1]
-    front = np.ones((len(valid_of(EVEN)), 3), bool)
-    valid = np.concatenate([front, np.asarray(valid_of(EVEN))], 1)
-    return [(easy_report(easy(row))[1], np.ones((len(valid), 16), bool), 1), (hard, valid, 3)]
+    config, small = even(row), odd(row).layout
+    hard = run_of(row, config, plan_of(row, config, row.hard))
+    report = hard(inputs_of(config), valid_of(config))[1]
+    padded = np.asarray(valid_of(config))
+    front = np.ones((len(padded), config.layout.prefix), bool)
+    valid = np.concatenate([front, padded], 1)
+    full = np.ones((len(valid), small.tokens), bool)
+    easy_report = report_of(row, easy(row))[1]
+    return [(easy_report, full, small.prefix), (report, valid, config.layout.prefix)]
+
+
+def split(site: str) -> tuple[str, int]:
+    """('around_mlp', 3) of 'around_mlp_3'; ('input', 0) of 'input'."""
+    kind, _, layer = site.rpartition("_")
+    return (kind, int(layer)) if layer.isdigit() else (site, 0)
 
 
 def check_row_is_true(row: Row) -> None:
@@ -46,45 +59,64 @@ def check_counts_as_promised(row: Row) -> None:
     for report, _, _ in reports(row):
         assert report.tokens.n == report.counts[-1].out
         for site, map_ in report.maps.items():
-            k = map_.sizes().shape[-1]
-            kind, _, layer = site.rpartition("_")
-            if kind == "mid":
-                assert (map_.n, k) == (
-                    report.counts[int(layer)].queries,
-                    report.counts[int(layer)].mlp,
-                )
-            else:
-                assert k == report.counts[int(layer) if kind else 0].queries
-    assert easy_report(easy(row))[1].tokens.n == row.left
+            kind, layer = split(site)
+            _fits(kind, map_.n, map_.sizes().shape[-1], report.counts[layer])
+    assert report_of(row, easy(row))[1].tokens.n == row.left
+
+
+def _fits(kind: str, n: int, k: int, count: LayerCount) -> None:
+    """A map at a site of a layer with these counts."""
+    if kind == "mid":
+        assert (n, k) == (count.queries, count.mlp)
+    elif kind in AROUND:
+        assert (n, k) == (count.out, count.mlp if kind == "around_mlp" else count.queries)
+    else:
+        assert k == count.queries
 
 
 def check_edge_keep_one(row: Row) -> None:
-    _leaves(row, row.one, 2)
+    left, protected = _left(row, row.one)
+    assert left == {protected + 1}
 
 
 def check_edge_all_but_one(row: Row) -> None:
-    _leaves(row, row.but_one, 15)
+    left, _ = _left(row, row.but_one)
+    assert left == {odd(row).layout.tokens - 1}
 
 
-def _leaves(row: Row, options, count: int) -> None:
-    logits, report = run_of(ODD, plan_of(row, ODD, options))(images_of(ODD))
-    assert report.tokens.n == report.counts[-1].out == count
+def _left(row: Row, options: Options) -> tuple[set[int], int]:
+    """How many tokens are left at the end, or enter the layers that others skip, and how many of
+    them are protected."""
+    plan = plan_of(row, odd(row), options)
+    logits, report = report_of(row, plan)
     assert np.isfinite(logits).all()
+    if routes(plan):
+        return {map_.k for map_ in report.maps.values()}, 0
+    assert report.tokens.n == report.counts[-1].out
+    return {report.tokens.n}, odd(row).layout.prefix
 
 
 def check_prefix_stays_in_place(row: Row) -> None:
     for report, _, prefix in reports(row):
         source = np.asarray(report.tokens.sources())
-        np.testing.assert_array_equal(source[:, :prefix], [range(prefix)] * len(source))
+        np.testing.assert_array_equal(
+            source[:, :prefix], np.broadcast_to(np.arange(prefix), (len(source), prefix))
+        )
         assert (source[:, prefix:] >= prefix).sum() == (source[:, prefix:] >= 0).sum()
 
 
 def check_sources_are_the_maps_composed(row: Row) -> None:
+    """Maps around a layer act inside it alone."""
     for report, valid, _ in reports(row):
         where = np.where(valid, np.arange(valid.shape[1])[None], -1)
-        for map_ in report.maps.values():
+        for site, map_ in report.maps.items():
+            kind, layer = split(site)
             step = np.take_along_axis(np.asarray(map_.source), np.maximum(where, 0), 1)
-            where = np.where(where >= 0, step, -1)
+            moved = np.where(where >= 0, step, -1)
+            if kind not in AROUND:
+                where = moved
+            elif kind != "around_mlp" and map_.k:
+                np.testing.assert_array_equal(report.sources[layer], moved)
         np.testing.assert_array_equal(report.tokens.sources(), where)
 
 
@@ -101,6 +133,8 @@ def check_restored_rows_are_exact(row: Row) -> None:
     for report, _, _ in reports(row):
         for map_ in report.maps.values():
             x = jax.random.normal(jax.random.key(0), (*map_.batch, map_.n, 3))
+            if not map_.k:
+                continue
             back, source = np.asarray(map_.restore(map_.apply(x))), np.asarray(map_.source)
             members = np.take_along_axis(np.asarray(map_.sizes()), np.maximum(source, 0), 1)
             alone = (source >= 0) & (members == 1)

@@ -97,7 +97,7 @@ def compare(
         if output not in got:
             failures.append(f"{output} is not computed")
             continue
-        rule = adapter.rule(output) if want.dtype.kind == "f" else exact
+        rule = adapter.rule(output) if want.dtype.kind == "f" else adapter.rules.get(output, exact)
         error, fits = difference(want, got[output], rule)
         errors.append(error)
         if not fits:

@@ -4,6 +4,12 @@ from collections.abc import Mapping
 
 from tests.golden_adapters.case import Adapter
 from tests.golden_adapters.core import CORE
+from tests.golden_adapters.depth_text import DEPTH_TEXT
+from tests.golden_adapters.depth_vision import DEPTH_VISION
 from tests.golden_adapters.vit import VIT
+from tests.golden_adapters.widths import WIDTHS
 
-FAMILIES: Mapping[str, Mapping[str, Adapter]] = {"core": CORE, "vit": VIT}
+FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
+    "core": {**CORE, **DEPTH_TEXT, **DEPTH_VISION, **WIDTHS},
+    "vit": VIT,
+}

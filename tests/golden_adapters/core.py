@@ -75,7 +75,7 @@ def _deployed(case: Case, config: ViTConfig, plan: Plan) -> dict[str, Any]:
     logits, report = model(images_of(case), plan=plan)
     tokens, outputs = model.tokens(images_of(case)), {}
     for layer in range(config.depth):
-        tokens, _, _ = run_block(Here(model.blocks, layer, plan, Call()), tokens)
+        tokens = run_block(Here(dict(enumerate(model.blocks)), layer, plan, Call()), tokens).tokens
         outputs[f"block{layer}"] = tokens.x
     flops = macs(config, case.settings["prune_kept"], case.settings["merge_kept"])
     size = report.tokens.sizes()[..., None]

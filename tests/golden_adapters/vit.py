@@ -174,8 +174,8 @@ def evit_block(case: Case) -> dict[str, Any]:
     x = case.inputs["x"]
     reduction = evit_reduction(case, x.shape[1])
     plan = Plan(((Site("mid", 0), reduction),), name="evit")
-    here = Here([block_of(case)], 0, plan, Call())
-    tokens, records, _ = run_block(here, make_tokens(x, prefix=1))
+    here = Here({0: block_of(case)}, 0, plan, Call())
+    tokens, records, *_ = run_block(here, make_tokens(x, prefix=1))
     outputs = {"x": tokens.x, "n_tokens": tokens.n - 1}
     map_ = records[0].map
     if isinstance(map_, Keep | Assign):
@@ -206,9 +206,9 @@ def dynamicvit(case: Case) -> dict[str, Any]:
     policy, x = case.inputs["policy"][..., 0], case.inputs["block_x"]
     front = jnp.ones((x.shape[0], x.shape[1] - policy.shape[1]))
     tokens = make_tokens(x, policy=jnp.concatenate([front, policy], axis=1), prefix=front.shape[1])
-    here = Here([block_of(case, "block.")], 0, Plan(), Call())
+    here = Here({0: block_of(case, "block.")}, 0, Plan(), Call())
     chances = predictor_of(case.params)(case.inputs["x"], policy)
-    return {"logprob": chances, "block_x": run_block(here, tokens)[0].x}
+    return {"logprob": chances, "block_x": run_block(here, tokens).tokens.x}
 
 
 CLOSE = {"*": Output(1e-5, 1e-5)}

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokred.combine import Combine
 from tokred.maps import Assign, Keep
 from tokred.models import ViT, ViTConfig
 from tokred.nn.run import Here, run_block
 from tokred.plan import Ask, LayerCount, Plan, Reduction, Site
 from tokred.report import Call, Report
+from tokred.tokens import Tokens
 
 CONFIG = ViTConfig(image_size=(8, 12), patch=(4, 4), width=16, depth=3, heads=2, classes=3)
 N, B = 7, 2
@@ -68,10 +70,9 @@ class Weighted(Pick):
 
     def __call__(self, tokens, evidence, state=None, **_: Any):
         map_ = self.select(tokens, evidence, key=None)
-        half, twice = jnp.full((B, map_.k), 0.5), jnp.full((B, tokens.n), 2.0)
+        half, twice = jnp.full((B, map_.k), 0.5), 2.0
         return self.move(tokens, map_, evidence), map_, state, {
-            "kept_weight": half,
-            "skip_scale": twice,
+            "combine": Combine(half, twice * tokens.x)
         }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def by_hand(change: Callable[[str, int, Any], Any]) -> np.ndarray:
     x = change("input", 0, MODEL.tokens(IMAGES).x)
     for i, block in enumerate(MODEL.blocks):
         x = change("before", i, x)
-        q, k, v = block.project(x)
+        q, k, v = block.project(Tokens(x))
         k, v = change("keys", i, (k, v))
         q, x = change("inside", i, (q, x))
         weights = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(8.0), axis=-1)
@@ -136,7 +137,7 @@ def _layer(x, block, attention=True, mlp=True):
 
 
 def _attend(x, block):
-    q, k, v = block.project(x)
+    q, k, v = block.project(Tokens(x))
     weights = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(8.0), axis=-1)
     y = jnp.einsum("bhqk,bkhe->bqhe", weights, v)
     return block.attn.out(y.reshape(*y.shape[:2], -1))
@@ -170,7 +171,7 @@ def test_skipped_tokens_are_unchanged():
 
 
 def _run_first(tokens, plan):
-    return run_block(Here(MODEL.blocks, 0, plan, Call()), tokens)[0].x
+    return run_block(Here(dict(enumerate(MODEL.blocks)), 0, plan, Call()), tokens).tokens.x
 
 
 def layer_input(layer: int):
@@ -181,7 +182,7 @@ def layer_input(layer: int):
 
 
 def probabilities(x, block):
-    q, k, _ = block.project(x)
+    q, k, _ = block.project(Tokens(x))
     return jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(8.0), axis=-1)
 
 
@@ -194,7 +195,7 @@ def test_evidence_of_this_layer(site: str):
     )  # fmt: skip
     found = run((Site(site, 1), Look(asks))).evidence[f"{site}_1"]
     x, block = layer_input(1), MODEL.blocks[1]
-    q, k, v = block.project(x)
+    q, k, v = block.project(Tokens(x))
     probs = probabilities(x, block)
     expected = {
         "rows_cls": probs[:, :, 0].mean(1),
@@ -235,14 +236,14 @@ def test_evidence_of_an_earlier_layer_is_averaged_by_merging():
     ask = Ask("keys", layer=-1)
     steps = (Site("after", 0), Pairs()), (Site("before", 1), Look((ask,)))
     found = run(*steps).evidence["before_1"][ask.name]
-    keys = MODEL.blocks[0].project(layer_input(0))[1].mean(2)
+    keys = MODEL.blocks[0].project(Tokens(layer_input(0)))[1].mean(2)
     np.testing.assert_allclose(found, pairs(keys), rtol=1e-4, atol=1e-5)
 
 
 def test_projections_of_a_later_layer():
     ask = Ask("keys", heads="all", layer=1)
     found = run((Site("after", 0), Look((ask,)))).evidence["after_0"][ask.name]
-    expected = MODEL.blocks[1].project(layer_input(1))[1]
+    expected = MODEL.blocks[1].project(Tokens(layer_input(1)))[1]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

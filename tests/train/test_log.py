@@ -26,7 +26,7 @@ def path(tmp_path):
 
 def test_lines_hold_the_numbers_and_no_times(path):
     with RunLog(path.parent, tensorboard=False) as log:
-        log.write("train", 1, {"loss": 0.1, "accuracy": 1}, images_per_s=3.0)
+        log.write("train", 1, {"loss": 0.1, "accuracy": 1}, examples_per_s=3.0)
         written = path.read_text()  # before the file is closed
     assert json.loads(written) == {
         "stage": "train",
@@ -77,10 +77,10 @@ def test_a_silent_log_writes_nothing(tmp_path, monkeypatch):
 def test_event_files_hold_numbers_and_times(path):
     event_file = pytest.importorskip("tensorboardX.event_file_writer")
     with RunLog(path.parent) as log:
-        log.write("train", 7, {"loss": 0.5}, images_per_s=3.0)
+        log.write("train", 7, {"loss": 0.5}, examples_per_s=3.0)
     assert event_file is not None
     (events,) = path.parent.glob("events.out.tfevents.*")
-    assert b"train/loss" in events.read_bytes() and b"train/images_per_s" in events.read_bytes()
+    assert b"train/loss" in events.read_bytes() and b"train/examples_per_s" in events.read_bytes()
 
 
 class Time:

@@ -11,7 +11,7 @@ from tokred.train.clock import Clock, Tracer
 from tokred.train.guards import NotFiniteError
 from tokred.train.log import RunLog
 from tokred.train.loop import Around, Stage, run_stage
-from tokred.train.losses import Objective
+from tokred.train.losses import ImageObjective
 from tokred.train.mesh import make_mesh, place_by_rules
 from tokred.train.processes import Preempted
 from tokred.train.state import split_model
@@ -49,7 +49,7 @@ class Rows:
 
 
 def run(rows, *, steps=8, plan=SOFT, mesh=((8,), ("data",)), **around):
-    stage = Stage("train", Objective(plan), steps, "", OPTIMIZER)
+    stage = Stage("train", ImageObjective(plan), steps, "", OPTIMIZER)
     skeleton, weights = split_model(ViT(CONFIG, plan=plan, rngs=nnx.Rngs(0)))
     mesh = make_mesh(*mesh)
     state = stage.init(weights, jax.random.key(0))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tokred.models.vit import ViT, vit_config
-from tokred.train.losses import Objective, cross_entropy, macs_penalty, smooth_targets
+from tokred.train.losses import ImageObjective, cross_entropy, macs_penalty, smooth_targets
 
 
 def test_cross_entropy_by_hand():
@@ -28,7 +28,7 @@ def test_penalty_in_both_units():
 @pytest.mark.parametrize("change", [{"unit": "mega"}, {"target": 0.0}, {"target": 1.5}])
 def test_bad_targets_are_named(change):
     with pytest.raises(ValueError, match="loss"):
-        Objective(**change)
+        ImageObjective(**change)
 
 
 def test_models_of_more_macs_than_an_int32_holds():
@@ -36,6 +36,6 @@ def test_models_of_more_macs_than_an_int32_holds():
     rows = {"image": jnp.zeros((1, 224, 224, 3)), "label": jnp.zeros(1, jnp.int32)}
 
     def loss():
-        return Objective()(ViT(config, rngs=nnx.Rngs(0)), rows, jax.random.key(0), {}, {})
+        return ImageObjective()(ViT(config, rngs=nnx.Rngs(0)), rows, jax.random.key(0), {}, {})
 
     assert jax.eval_shape(loss)[1][0]["macs_ratio"].dtype == jnp.float32

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tokred.methods import make_plan
 from tokred.models.vit import ViT, ViTConfig
-from tokred.train.losses import Objective
+from tokred.train.losses import ImageObjective
 from tokred.train.optimizer import make_optimizer
 from tokred.train.setup import REDUCTIONS, WEIGHTS
 from tokred.train.state import init_state, select_names, split_model
@@ -66,7 +66,7 @@ def test_bad_patterns_are_named(pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "objective"),
-    [(WEIGHTS, Objective()), (REDUCTIONS, Objective(SOFT, macs_weight=10.0, target=0.5))],
+    [(WEIGHTS, ImageObjective()), (REDUCTIONS, ImageObjective(SOFT, macs_weight=10.0, target=0.5))],
 )
 def test_a_step_changes_what_trains_and_nothing_else(pattern, objective):
     before, state, metrics = run(pattern, objective)
@@ -90,11 +90,11 @@ def _keys(node):
 
 
 def test_training_lowers_the_loss():
-    first, last = (run(WEIGHTS, Objective(), steps)[2]["loss"] for steps in (1, 8))
+    first, last = (run(WEIGHTS, ImageObjective(), steps)[2]["loss"] for steps in (1, 8))
     assert last < 0.7 * first
 
 
 def test_the_penalty_pulls_the_expected_cost_to_the_target():
-    objective = Objective(SOFT, macs_weight=100.0, target=0.7)
+    objective = ImageObjective(SOFT, macs_weight=100.0, target=0.7)
     first, last = (run(REDUCTIONS, objective, steps)[2]["macs_ratio"] for steps in (1, 40))
     assert first > last and abs(last - 0.7) < abs(first - 0.7)

@@ -13,7 +13,7 @@ from tokred.methods import make_plan
 from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call
-from tokred.train.losses import Objective, Teacher
+from tokred.train.losses import ImageObjective, Teacher
 from tokred.train.mixing import Mixing
 from tokred.train.optimizer import make_optimizer
 from tokred.train.state import init_state, result, split_model
@@ -65,18 +65,18 @@ def assert_close(a, b, **tolerance):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts):
-    _, whole, told = run(Objective(label_smoothing=0.1))
-    _, split, told_too = run(Objective(label_smoothing=0.1), accumulate=parts)
+    _, whole, told = run(ImageObjective(label_smoothing=0.1))
+    _, split, told_too = run(ImageObjective(label_smoothing=0.1), accumulate=parts)
     assert_close(whole["params"], split["params"], rtol=1e-5, atol=1e-6)
     assert_close(told[0], told_too[0], rtol=1e-5)
 
 
 def test_averages_follow_the_weights():
-    first, last, _ = run(Objective(), steps=3, ema=0.9)
+    first, last, _ = run(ImageObjective(), steps=3, ema=0.9)
     expected = {k: np.asarray(v) for k, v in first["params"].items()}
     state, step = first, 0
     skeleton, weights = weights_of()
-    one = make_train_step(skeleton, Objective(), TX, tuple(weights.params))
+    one = make_train_step(skeleton, ImageObjective(), TX, tuple(weights.params))
     state = init_state(weights, TX, tuple(weights.params))
     for step in range(3):
         state, _ = one(state, batch(seed=step), {})
@@ -105,7 +105,7 @@ class Counting(Reduction):
 @pytest.mark.parametrize(("parts", "calls"), [(1, 3), (2, 6)])
 def test_running_states_of_reductions_go_on(parts, calls):
     plan = Plan(((Site("mid", 1), Counting()),), name="counting")
-    _, state, told = run(Objective(plan), steps=3, accumulate=parts)
+    _, state, told = run(ImageObjective(plan), steps=3, accumulate=parts)
     assert {k: int(v) for k, v in state["controllers"].items()} == {"mid_1": calls}
     assert told[2]["mid_1/loss_count"] > told[1]["mid_1/loss_count"] > 0
 
@@ -113,7 +113,7 @@ def test_running_states_of_reductions_go_on(parts, calls):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_remat_changes_no_number(layers):
     plan = make_plan("diffrate", CONFIG.layout).with_twin("soft")
-    objectives = [Objective(plan, macs_weight=1.0, target=0.5, remat=n) for n in (0, layers)]
+    objectives = [ImageObjective(plan, macs_weight=1.0, target=0.5, remat=n) for n in (0, layers)]
     (_, plain, told), (_, again, told_too) = map(run, objectives)
     assert_close(plain["params"], again["params"], rtol=1e-5, atol=1e-6)
     assert_close(told[0], told_too[0], rtol=1e-5)
@@ -122,7 +122,7 @@ def test_remat_changes_no_number(layers):
 def test_remat_computes_again():
     def flops(layers):
         skeleton, weights = weights_of()
-        names, objective = tuple(weights.params), Objective(remat=layers)
+        names, objective = tuple(weights.params), ImageObjective(remat=layers)
         state = init_state(weights, TX, names)
         step = make_train_step(skeleton, objective, TX, names)
         return step.lower(state, batch(), {}).compile().cost_analysis()["flops"]
@@ -136,19 +136,19 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32():
     half = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
     skeleton, weights = split_model(ViT(half, rngs=nnx.Rngs(0)))
     names = tuple(weights.params)
-    step = make_train_step(skeleton, Objective(), TX, names)
+    step = make_train_step(skeleton, ImageObjective(), TX, names)
     state, metrics = step(init_state(weights, TX, names), batch(), {})
     assert {v.dtype for v in state["params"].values()} == {jnp.dtype("float32")}
-    _, _, told = run(Objective())
+    _, _, told = run(ImageObjective())
     np.testing.assert_allclose(metrics["loss"], told[0]["loss"], rtol=2e-2)
 
 
 def test_mixing_draws_anew_in_every_step():
-    objective = Objective(mixing=Mixing(mixup=1.0, cutmix=1.0))
+    objective = ImageObjective(mixing=Mixing(mixup=1.0, cutmix=1.0))
     same = [batch()] * 4
     _, _, told = run(objective, tx=optax.sgd(0.0), batches=same)
     assert len({float(metrics["loss"]) for metrics in told}) == 4
-    _, _, plain = run(Objective(), tx=optax.sgd(0.0), batches=same)
+    _, _, plain = run(ImageObjective(), tx=optax.sgd(0.0), batches=same)
     assert len({float(metrics["loss"]) for metrics in plain}) == 1
 
 
@@ -158,7 +158,7 @@ def test_a_teacher_pulls_logits_and_kept_tokens():
     plan = make_plan("topk", CONFIG.layout, keep=0.5)
     tx = make_optimizer(lr=1e-2, steps=60, warmup=0.0)
     _, _, told = run(
-        Objective(plan, teacher=teacher),
+        ImageObjective(plan, teacher=teacher),
         tx=tx,
         batches=[batch()] * 60,
         frozen=jax.tree.map(jnp.copy, theirs._asdict()),
@@ -170,7 +170,7 @@ def test_a_teacher_pulls_logits_and_kept_tokens():
 def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn():
     skeleton, theirs = weights_of()
     teacher = Teacher(skeleton, logits=1.0, features=1.0)
-    _, _, told = run(Objective(teacher=teacher), frozen=theirs._asdict())
+    _, _, told = run(ImageObjective(teacher=teacher), frozen=theirs._asdict())
     np.testing.assert_allclose(
         [told[0]["distill_logits"], told[0]["distill_features"]], 0.0, atol=1e-6
     )
@@ -184,8 +184,8 @@ def bad_batch():
 
 def test_from_the_first_fault_on_the_state_stays():
     batches = [batch(seed=0), batch(seed=1), bad_batch(), batch(seed=3)]
-    _, state, told = run(Objective(), tx=optax.adam(0.01), batches=batches, ema=0.9)
-    _, sound, _ = run(Objective(), tx=optax.adam(0.01), batches=batches[:2], ema=0.9)
+    _, state, told = run(ImageObjective(), tx=optax.adam(0.01), batches=batches, ema=0.9)
+    _, sound, _ = run(ImageObjective(), tx=optax.adam(0.01), batches=batches[:2], ema=0.9)
     assert int(state["step"]) == 2 and [int(m["fault"]) for m in told] == [0, 0, 7, 7]
     for part in ("params", "ema", "opt"):
         jax.tree.map(np.testing.assert_array_equal, state[part], sound[part])

@@ -1,15 +1,15 @@
 """Reduced models against the dense one: counted, compiled and timed side by side."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
 from tokred.cost.budget import solve_keep
-from tokred.cost.compiled import compile_cost
-from tokred.cost.macs import macs
+from tokred.cost.compiled import Compiled, compile_cost
+from tokred.cost.macs import Costed, macs
 from tokred.cost.timing import time_rounds
 from tokred.methods import get_method, make_plan
 from tokred.models import ViT, ViTConfig
@@ -17,6 +17,14 @@ from tokred.plan import Plan
 from tokred.report import Call
 
 Row = dict[str, Any]
+RATIOS = {"macs_ratio": "macs", "ms_ratio": "ms", "compile_ratio": "compile_s"}
+
+
+class Candidate(NamedTuple):
+    """What takes part in the rounds: its compiled costs, and one whole call of it."""
+
+    cost: Compiled
+    call: Callable[[], Any]
 
 
 def bench(
@@ -35,40 +43,52 @@ def bench(
     with the same attention, in alternating rounds. keep: every method's budget; ratio: solve for
     it from a share of the dense MACs; neither: each method's defaults.
     Row: method, macs (one image), macs_ratio, ms (median of a batch), ms_ratio, ms_low, ms_high,
-    compile_s, compile_ratio.
+    compile_s, compile_ratio, temp_bytes (see `Compiled`).
 
     Raises:
       ValueError: an unknown method, or a budget out of its reach.
     """
-    names = ["dense", *(name for name in dict.fromkeys(methods) if name != "dense")]
-    plans = {name: choose_plan(config, name, keep, ratio) for name in names}
+    plans = choose_plans(config, methods, keep, ratio)
     model = ViT(config, rngs=nnx.Rngs(seed))
     key = jax.random.key(seed)
     images = jax.random.normal(key, (batch, *config.image_size, config.channels))
-    compiled = {}
-    for name, plan in plans.items():
-        f, state = forward(model, plan)
-        compiled[name] = compile_cost(f, state, images, key), state
-    runs = {
-        name: lambda run=cost.run, state=state: run(state, images, key)
-        for name, (cost, state) in compiled.items()
-    }
-    times = time_rounds(runs, rounds)
-    rows = [
-        {
-            "method": name,
-            "macs": macs(config, plan),
+    candidates = {name: _candidate(model, plan, images, key) for name, plan in plans.items()}
+    rows = time_rows(candidates, rounds)
+    counts = {name: macs(config, plan) for name, plan in plans.items()}
+    rows = [{"method": name, "macs": counts[name], **row} for name, row in rows.items()]
+    return [with_ratios(row, rows[0]) for row in rows]
+
+
+def _candidate(model: ViT, plan: Plan, images: Array, key: Array) -> Candidate:
+    f, state = forward(model, plan)
+    cost = compile_cost(f, state, images, key)
+    return Candidate(cost, lambda: cost.run(state, images, key))
+
+
+def time_rows(candidates: Mapping[Any, Candidate], rounds: int, warmup: int = 2) -> dict[Any, Row]:
+    """ms, ms_low, ms_high, compile_s and temp_bytes of each candidate, timed in turns."""
+    times = time_rounds({name: c.call for name, c in candidates.items()}, rounds, warmup)
+    return {
+        name: {
             "ms": 1e3 * times[name].median,
             "ms_low": 1e3 * times[name].low,
             "ms_high": 1e3 * times[name].high,
-            "compile_s": compiled[name][0].seconds,
+            "compile_s": candidate.cost.seconds,
+            "temp_bytes": candidate.cost.temp_bytes,
         }
-        for name, plan in plans.items()
-    ]
-    return [_with_ratios(row, rows[0]) for row in rows]
+        for name, candidate in candidates.items()
+    }
 
 
-def choose_plan(config: ViTConfig, name: str, keep: float | None, ratio: float | None) -> Plan:
+def choose_plans(
+    config: Costed, methods: Sequence[str], keep: float | None, ratio: float | None
+) -> dict[str, Plan]:
+    """The plan of every method by name, the dense one first; see `choose_plan`."""
+    names = ["dense", *(name for name in dict.fromkeys(methods) if name != "dense")]
+    return {name: choose_plan(config, name, keep, ratio) for name in names}
+
+
+def choose_plan(config: Costed, name: str, keep: float | None, ratio: float | None) -> Plan:
     """The method's plan at `keep`, at `ratio` of the dense MACs, or at its defaults."""
     if name != "dense" and ratio is not None:
         return solve_keep(config, name, ratio)[0]
@@ -92,9 +112,17 @@ def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], Any]:
     return f, state
 
 
-def _with_ratios(row: Row, dense: Row) -> Row:
-    columns = {"macs_ratio": "macs", "ms_ratio": "ms", "compile_ratio": "compile_s"}
-    return row | {ratio: row[field] / dense[field] for ratio, field in columns.items()}
+def split(model: Any, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
+    """(merge, parameters, the rest): merge(parameters, rest) gives the model and the plan's modules,
+    which have random weights."""
+    modules = nnx.Dict(plan.build(model.config.layout, nnx.Rngs(0)))
+    graph, params, rest = nnx.split((model, modules), nnx.Param, ...)
+    return lambda params, rest: nnx.merge(graph, params, rest), params, rest
+
+
+def with_ratios(row: Row, dense: Row) -> Row:
+    """The row beside the dense one."""
+    return row | {ratio: row[field] / dense[field] for ratio, field in RATIOS.items()}
 
 
 def device_name() -> str:

@@ -3,15 +3,14 @@
 import bisect
 from typing import Any
 
-from tokred.cost.macs import macs
+from tokred.cost.macs import Costed, macs
 from tokred.methods import get_method, make_plan
-from tokred.models.vit import ViTConfig
 from tokred.plan import Plan
 
 STEPS = 4096  # keep is a multiple of 1 / STEPS
 
 
-def solve_keep(config: ViTConfig, method: str, ratio: float, **options: Any) -> tuple[Plan, float]:
+def solve_keep(config: Costed, method: str, ratio: float, **options: Any) -> tuple[Plan, float]:
     """The plan with the largest `keep` that costs at most `ratio` of the dense model; that keep.
 
     Counts are whole tokens, so cost is a staircase in `keep` and usually stays a little below the

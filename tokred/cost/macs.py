@@ -1,4 +1,4 @@
-"""Multiply-accumulates of one image, from the counts of a plan alone.
+"""Multiply-accumulates of one example, from the counts of a plan alone.
 
 One walk gives the counts and one formula the cost, for the integers of a packed plan and for the
 differentiable floats of a rate that is still being learned.
@@ -6,31 +6,71 @@ differentiable floats of a rate that is still being learned.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from tokred.models.vit import ViTConfig
-from tokred.plan import Ask, Plan, Reduction, Site
+from tokred.plan import Ask, Layout, Plan, Reduction, Site
 from tokred.report import Report
 
 Number = Any  # int, float or a traced scalar
 DENSE = Plan()
-# Which of a layer's three projections a piece of evidence reads.
-PROJECTIONS = {"rows": 2, "column_mean": 2, "probs": 2, "keys": 1, "values": 1, "qkv": 3}
+# Which of a layer's projections (query, key, value) a piece of evidence reads.
+PROJECTIONS = {
+    "rows": (0, 1), "column_mean": (0, 1), "probs": (0, 1), "keys": (1,), "values": (2,),
+    "qkv": (0, 1, 2),
+}  # fmt: skip
 
 
-def macs(config: ViTConfig, plan: Plan = DENSE) -> int:
-    """Multiply-accumulates of one image: matrix products only, no elementwise work.
+@runtime_checkable
+class Costed(Protocol):
+    """What the config of a model tells of its cost; MACs are of one example."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def layout_of(self, tokens: int) -> Layout:
+        """The layout for another number of tokens."""
+        ...
+
+    @property
+    def projection_macs(self) -> tuple[int, int, int]:
+        """Of one token's query, key and value."""
+        ...
+
+    @property
+    def pair_macs(self) -> int:
+        """Of one query's logits or values with one key, all heads."""
+        ...
+
+    def layer_macs(self, projected: Number, queries: Number, keys: Number, mlp: Number) -> Number:
+        """Of one layer, at these token counts."""
+        ...
+
+    def outer_macs(self, tokens: Number) -> Number:
+        """Of all that is no layer, with so many tokens coming out."""
+        ...
+
+
+def macs(config: Costed, plan: Plan = DENSE, *, tokens: int | None = None) -> int:
+    """Multiply-accumulates of one example: matrix products only, no elementwise work.
+
+    tokens: of the sequence, by default as many as the model takes.
 
     Raises:
       ValueError: a plan that does not fit the model.
     """
-    walk = _whole(config, plan)
-    return round(_model(config, walk) + _reductions(config, plan, walk))
+    layout = config.layout if tokens is None else config.layout_of(tokens)
+    walk = _whole(config, plan, layout)
+    return round(_model(config, walk) + _reductions(config, plan, walk, layout))
 
 
-def expected_macs(config: ViTConfig, plan: Plan, report: Report) -> Float[Array, ""] | float:
+def expected_macs(
+    config: Costed, plan: Plan, report: Report, *, tokens: int | None = None
+) -> Float[Array, ""] | float:
     """What the packed plan would cost at the rates that a soft run reports.
 
     Every soft reduction leaves its `expected_count`, differentiable in what `report.aux` holds;
@@ -41,14 +81,15 @@ def expected_macs(config: ViTConfig, plan: Plan, report: Report) -> Float[Array,
       ValueError: a plan that does not fit the model, or a report of another plan.
     """
     packed = plan.with_twin("packed")
+    layout = config.layout if tokens is None else config.layout_of(tokens)
 
     def count(site: Site, reduction: Reduction, n: Number) -> Number:
-        if plan.twin != "soft" or not reduction.soft:
-            return reduction.counts(n, config.layout.prefix)
-        return reduction.expected_count(n, config.layout.prefix, _aux(report.aux, site, plan))
+        if plan.twin != "soft" or "soft" not in reduction.twins:
+            return reduction.counts(n, layout.prefix)
+        return reduction.expected_count(n, layout.prefix, _aux(report.aux, site, plan))
 
-    expected = _model(config, _walk(config, plan, count))
-    return 1.0 * (expected + _reductions(config, packed, _whole(config, packed)))
+    expected = _model(config, _walk(config, plan, count, layout))
+    return 1.0 * (expected + _reductions(config, packed, _whole(config, packed, layout), layout))
 
 
 def _aux(aux: Mapping[str, Mapping[str, Array]], site: Site, plan: Plan) -> Mapping[str, Array]:
@@ -74,23 +115,23 @@ class _Layer:
 class _Walk:
     """What a walk through the model meets: layers, reductions and what they store, with n."""
 
+    tokens: Number = 0
     layers: list[_Layer] = field(default_factory=list)
     reductions: list[tuple[Site, Reduction, Number]] = field(default_factory=list)
     stored: list[tuple[Ask, Number]] = field(default_factory=list)
 
 
-def _whole(config: ViTConfig, plan: Plan) -> _Walk:
+def _whole(config: Costed, plan: Plan, layout: Layout) -> _Walk:
     """The walk in whole tokens."""
-    plan.counts(config.layout)
+    plan.counts(layout)
 
     def count(site: Site, reduction: Reduction, n: int) -> int:
-        stays = plan.twin == "soft" and reduction.soft
-        return n if stays else reduction.counts(n, config.layout.prefix)
+        return reduction.slots(n, layout.prefix, plan.twin)
 
-    return _walk(config, plan, count)
+    return _walk(config, plan, count, layout)
 
 
-def _walk(config: ViTConfig, plan: Plan, count: Callable[..., Number]) -> _Walk:
+def _walk(config: Costed, plan: Plan, count: Callable[..., Number], layout: Layout) -> _Walk:
     walk = _Walk()
 
     def after(kind: str, layer: int | None, n: Number) -> Number:
@@ -99,7 +140,7 @@ def _walk(config: ViTConfig, plan: Plan, count: Callable[..., Number]) -> _Walk:
             n = count(site, reduction, n)
         return n
 
-    n = after("input", None, config.layout.tokens)
+    n = after("input", None, layout.tokens)
     for layer in range(config.depth):
         n = after("before", layer, n)
         inner = after("around", layer, n)
@@ -112,7 +153,7 @@ def _walk(config: ViTConfig, plan: Plan, count: Callable[..., Number]) -> _Walk:
         mlp = after("around_mlp", layer, middle)
         walk.layers.append(_Layer(projected, queries, keys, mlp))
         n = n if _differ(n, inner) else after("after", layer, middle)
-    after("output", None, n)
+    walk.tokens = after("output", None, n)
     return walk
 
 
@@ -121,48 +162,35 @@ def _differ(a: Number, b: Number) -> bool:
     return not (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
-def _model(config: ViTConfig, walk: _Walk) -> Number:
-    """The model alone: embedding, layers, head."""
-    ends = _embedding(config) + config.width * config.classes
-    return ends + sum(_layer(config, layer) for layer in walk.layers)
+def _model(config: Costed, walk: _Walk) -> Number:
+    """The model alone: layers, and what is around them."""
+    layers = [config.layer_macs(a.projected, a.queries, a.keys, a.mlp) for a in walk.layers]
+    return config.outer_macs(walk.tokens) + sum(layers)
 
 
-def _embedding(config: ViTConfig) -> int:
-    (h, w), (a, b) = config.grid, config.patch
-    a, b = (a, b) if config.patch_kernel is None else (config.patch_kernel,) * 2
-    return h * w * a * b * config.channels * config.width
-
-
-def _layer(config: ViTConfig, at: _Layer) -> Number:
-    width = config.width
-    projections = (3 * at.projected + at.queries) * width**2
-    mlp = 2 * at.mlp * width * int(width * config.mlp_ratio)
-    return projections + 2 * at.queries * at.keys * width + mlp
-
-
-def _reductions(config: ViTConfig, plan: Plan, walk: _Walk) -> int:
+def _reductions(config: Costed, plan: Plan, walk: _Walk, layout: Layout) -> int:
     """The reductions that act, and the evidence they read."""
     total = sum(_evidence(config, ask, n, True) for ask, n in walk.stored)
     for site, reduction, n in walk.reductions:
-        gates = plan.twin == "soft" and reduction.soft
-        if gates or not reduction.idle(n, config.layout.prefix):
-            total += _reduction(config, site, reduction, n)
+        gates = plan.twin == "soft" and "soft" in reduction.twins
+        if gates or not reduction.idle(n, layout.prefix):
+            total += _reduction(config, site, reduction, n, layout)
     return total
 
 
-def _reduction(config: ViTConfig, site: Site, reduction: Reduction, n: int) -> int:
+def _reduction(config: Costed, site: Site, reduction: Reduction, n: int, layout: Layout) -> int:
     seen = site.kind in ("keys", "inside", "mid")
     asks = [ask for ask in reduction.asks if ask.layer >= 0]
     evidence = [_evidence(config, ask, n, seen and ask.layer == 0) for ask in asks]
-    return reduction.macs(n, config.layout) + sum(evidence)
+    return reduction.macs(n, layout) + sum(evidence)
 
 
-def _evidence(config: ViTConfig, ask: Ask, n: int, seen: bool) -> int:
+def _evidence(config: Costed, ask: Ask, n: int, seen: bool) -> int:
     """Evidence about `n` tokens; what the layer has not projected itself is projected for it."""
-    width, heads = config.width, config.heads
-    projections = 0 if seen else PROJECTIONS.get(ask.kind, 0) * n * width**2
+    read = () if seen else PROJECTIONS.get(ask.kind, ())
+    projections = n * sum(config.projection_macs[i] for i in read)
     if ask.kind == "rows" and ask.rows in ("cls", "last"):
-        return projections + n * width
+        return projections + n * config.pair_macs
     if ask.kind in ("rows", "column_mean"):
-        return projections + n * n * (width + heads)
-    return projections + (n * n * width if ask.kind == "probs" else 0)
+        return projections + n * n * (config.pair_macs + config.layout.heads)
+    return projections + (n * n * config.pair_macs if ask.kind == "probs" else 0)

@@ -44,7 +44,7 @@ class DiffRate(Reduction):
     granularity: int = 1
     gradient: str = "official"
     asks: ClassVar[tuple[Ask, ...]] = (CLASS_ROW,)
-    soft: ClassVar[bool] = True
+    twins: ClassVar[tuple[str, ...]] = ("packed", "soft")
 
     def __post_init__(self) -> None:
         if self.gradient not in ("official", "exact"):

@@ -34,7 +34,7 @@ class DynamicViT(Reduction):
     ratio: float = 0.7
     ratio_weight: float = 2.0 / 3.0
     eps: float = 1e-6
-    soft: ClassVar[bool] = True
+    twins: ClassVar[tuple[str, ...]] = ("packed", "soft")
 
     def counts(self, n: int, prefix: int) -> int:
         return prefix + self.k

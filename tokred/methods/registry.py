@@ -18,7 +18,8 @@ class Method:
 
     make: (layout, *, keep=..., options) -> Plan; `keep` in (0, 1] is the method's scalar budget,
     monotone in cost. needs: such as 'class token' or 'key'. count: 'static' | 'data-dependent'.
-    twins: 'none' | 'exact' | 'different' (soft against packed). golden: case groups 'family/group'.
+    twins: 'none' | 'exact' | 'different' (soft against packed). trains: the twin to train a learned
+    method under. golden: case groups 'family/group'.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     needs: tuple[str, ...] = ()
     count: str = "static"
     twins: str = "none"
+    trains: str = "soft"
     golden: tuple[str, ...] = ()
 
     @property

@@ -1,7 +1,6 @@
 """Vision Transformers (Dosovitskiy et al. 2021) whose blocks offer every site."""
 
 import dataclasses
-import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from tokred.nn.block import Block
 from tokred.nn.embeddings import PatchEmbed, grid_positions, sincos_positions
-from tokred.nn.run import Here, run_block
-from tokred.plan import Layout, Plan, Site, nearest
-from tokred.report import Call, Record, Report, make_report, reduce_at
+from tokred.nn.layers import Layers
+from tokred.plan import Layout, Plan, nearest
+from tokred.report import Call, Report, make_report, reduce_model
 from tokred.tokens import Tokens, make_tokens
 
 DENSE = Plan()
@@ -93,16 +92,46 @@ class ViTConfig:
     @property
     def layout(self) -> Layout:
         """What plans may know of this model."""
-        prefix = int(self.class_token) + self.registers
+        return self.layout_of(self.prefix + self.grid[0] * self.grid[1])
+
+    @property
+    def prefix(self) -> int:
+        """Class token and registers."""
+        return int(self.class_token) + self.registers
+
+    def layout_of(self, tokens: int) -> Layout:
+        """The same for so many tokens at the first layer."""
         return Layout(
             depth=self.depth,
-            tokens=prefix + self.grid[0] * self.grid[1],
-            prefix=prefix,
+            tokens=tokens,
+            prefix=self.prefix,
             grid=self.grid,
             class_token=self.class_token,
             width=self.width,
             heads=self.heads,
         )
+
+    @property
+    def projection_macs(self) -> tuple[int, int, int]:
+        """Of one token's query, key and value."""
+        return (self.width**2,) * 3
+
+    @property
+    def pair_macs(self) -> int:
+        """Of one query's logits or values with one key, all heads."""
+        return self.width
+
+    def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
+        """Of one layer, at these token counts."""
+        projections = projected * sum(self.projection_macs) + queries * self.width**2
+        feed = 2 * mlp * self.width * int(self.width * self.mlp_ratio)
+        return projections + 2 * queries * keys * self.pair_macs + feed
+
+    def outer_macs(self, tokens: Any) -> int:
+        """Of the embedding and the head."""
+        (h, w), (a, b) = self.grid, self.patch
+        a, b = (a, b) if self.patch_kernel is None else (self.patch_kernel,) * 2
+        return h * w * a * b * self.channels * self.width + self.width * self.classes
 
 
 def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
@@ -198,7 +227,7 @@ class ViT(nnx.Module):
         x = x + table[None, len(table) - x.shape[1] :]
         front = [jnp.broadcast_to(row[None], (x.shape[0], *row.shape)) for row in front]
         x = jnp.concatenate([*front, x], axis=1)
-        prefix = c.layout.prefix
+        prefix = c.prefix
         place = np.concatenate([np.full((prefix, 2), -1, np.float32), grid_positions(c.grid)])
         place = jnp.broadcast_to(jnp.asarray(place)[None], (x.shape[0], *place.shape))
         if valid is not None:
@@ -212,43 +241,15 @@ class ViT(nnx.Module):
         counts = plan.counts(self.config.layout)
         call = call or Call()
         call = dataclasses.replace(call, modules={**self.reductions, **call.modules})
-        tokens, records = _at_model(plan, "input", tokens, call)
-        sources = []
-        for start, stop in _runs(self.config, plan):
-            if stop - start > 1:
-                tokens = self._scan(tokens, start, stop, call)
-                sources += [tokens.sources()] * (stop - start)
-                continue
-            run = functools.partial(run_block, self._here(start, plan, call))
-            tokens, more, source = (jax.checkpoint(run) if start < call.remat else run)(tokens)
-            records += more
-            sources.append(source)
-        if not self.config.norm_after_pool:
+        tokens, first = reduce_model(plan, "input", tokens, call)
+        c = self.config
+        rates = [c.drop_path * layer / max(c.depth - 1, 1) for layer in range(c.depth)]
+        ran = Layers(self.blocks, rates, c.scan)(tokens, plan, call, counts)
+        tokens = ran.tokens
+        if not c.norm_after_pool:
             tokens = tokens.replace(x=self.norm(tokens.x))
-        tokens, more = _at_model(plan, "output", tokens, call)
-        return tokens, make_report(tokens, records + more, sources, counts)
-
-    def _here(self, layer: int, plan: Plan, call: Call) -> Here:
-        rate = self.config.drop_path * layer / max(self.config.depth - 1, 1)
-        return Here(self.blocks, layer, plan, call, rate)
-
-    def _scan(self, tokens: Tokens, start: int, stop: int, call: Call) -> Tokens:
-        """Layers without any site as one scanned body over stacked parameters."""
-        graph, _ = nnx.split(self.blocks[start])
-        states = [nnx.state(self.blocks[i]) for i in range(start, stop)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        rates = jnp.asarray([self._here(i, DENSE, call).drop for i in range(start, stop)])
-        keys = None if call.key is None else jax.random.split(call.key, stop)[start:]
-
-        def body(carry: Tokens, layer: tuple) -> tuple[Tokens, None]:
-            state, rate, key = layer
-            here = Here(
-                [nnx.merge(graph, state)], 0, DENSE, dataclasses.replace(call, key=key), rate
-            )
-            return run_block(here, carry)[0], None
-
-        body = jax.checkpoint(body) if start < call.remat else body
-        return jax.lax.scan(body, tokens, (stacked, rates, keys))[0]
+        tokens, last = reduce_model(plan, "output", tokens, call)
+        return tokens, make_report(tokens, first + ran.records + last, ran.sources, counts)
 
     def classify(self, tokens: Tokens) -> Float[Array, "B classes"]:
         """Logits of pooled tokens, in float32."""
@@ -265,31 +266,6 @@ def _position_table(c: ViTConfig, rngs: nnx.Rngs) -> Any:
         waves = sincos_positions(c.grid, c.width, temperature=temperature).astype(c.param_dtype)
         table = jnp.concatenate([table[: rows - len(waves)], waves])
     return nnx.Variable(table) if c.position == "sincos" else nnx.Param(table)
-
-
-def _at_model(
-    plan: Plan, kind: str, tokens: Tokens, call: Call
-) -> tuple[Tokens, tuple[Record, ...]]:
-    def give(ask: Any) -> Array:
-        if ask.kind != "hidden":
-            raise ValueError(
-                f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}."
-            )
-        return tokens.x
-
-    return reduce_at(plan, Site(kind), tokens, give, call)
-
-
-def _runs(config: ViTConfig, plan: Plan) -> list[tuple[int, int]]:
-    """Layers as [start, stop): single ones, and with `scan` runs that no site interrupts."""
-    runs: list[tuple[int, int]] = []
-    for layer in range(config.depth):
-        free = config.scan and not plan.touches(layer)
-        if free and runs and runs[-1][1] == layer and not plan.touches(layer - 1):
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs
 
 
 def pool_tokens(tokens: Tokens, pool: str) -> Float[Array, "*B D"]:

@@ -3,6 +3,7 @@
 from tokred.nn.attention import Attention
 from tokred.nn.block import Block
 from tokred.nn.embeddings import PatchEmbed, sincos_positions
+from tokred.nn.layers import Layers
 from tokred.nn.mlp import Mlp
 from tokred.nn.routers import KeepPredictor, RateLogits
 from tokred.nn.run import Here, run_block
@@ -12,6 +13,7 @@ __all__ = [
     "Block",
     "Here",
     "KeepPredictor",
+    "Layers",
     "Mlp",
     "PatchEmbed",
     "RateLogits",

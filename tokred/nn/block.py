@@ -42,11 +42,17 @@ class Block(nnx.Module):
         )
         self.scale1, self.scale2 = scale(), scale()
 
-    def project(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array, Array]:
-        """q, k, v [*B N H E] of the normalised input."""
-        return self.attn.project(self.norm1(x))
+    def project(self, tokens: Tokens) -> tuple[Array, Array, Array]:
+        """q, k, v [*B N H E] of the normalised tokens."""
+        return self.attn.project(self.norm1(tokens.x))
 
-    def attend(self, q: Array, k: Array, v: Array, keys: Tokens) -> Float[Array, "*B N D"]:
+    def evidence(self, tokens: Tokens) -> dict[str, Any]:
+        """How this block's attention differs from a plain softmax, as fields of `Seen`."""
+        return {}
+
+    def attend(
+        self, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens
+    ) -> Float[Array, "*B N D"]:
         """The attention branch's update of the queries' residual stream."""
         return _scaled(self.attn.attend(q, k, v, keys), self.scale1)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tokred.nn.decoder_block import BlockShape, GatedMlp
 from tokred.nn.mlp import gelu
 
 
@@ -46,3 +47,66 @@ class RateLogits(nnx.Module):
     def __init__(self, candidates: int):
         self.prune = nnx.Param(jnp.zeros((candidates,), jnp.float32))
         self.merge = nnx.Param(jnp.zeros((candidates,), jnp.float32))
+
+
+class TokenRouter(nnx.Module):
+    """Mixture-of-Depths: a score per token in float32, and perhaps a predictor of being chosen.
+
+    Source: Raposo et al. 2024; the predictor's shape is our choice.
+    """
+
+    def __init__(self, width: int, *, predictor: bool = False, rngs: nnx.Rngs):
+        start = nnx.initializers.normal(width**-0.5)  # zeros would tie the first choice
+        self.score = nnx.Linear(width, 1, use_bias=False, kernel_init=start, rngs=rngs)
+        self.fc1 = nnx.Linear(width, width // 2, rngs=rngs) if predictor else None
+        self.fc2 = nnx.Linear(width // 2, 1, rngs=rngs) if predictor else None
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N"]:
+        """Scores. Gradient: to x and the weights."""
+        return self.score(x.astype(jnp.float32))[..., 0]
+
+    def predict(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N"]:
+        """Logits of being chosen. Gradient: to the predictor alone."""
+        if self.fc1 is None or self.fc2 is None:
+            raise ValueError("TokenRouter: built without a predictor; pass predictor=True.")
+        y = jax.lax.stop_gradient(x).astype(jnp.float32)
+        return self.fc2(jax.nn.silu(self.fc1(y)))[..., 0]
+
+
+class VisionRouter(nnx.Module):
+    """p-MoD: a logit per token in float32, 0 for all at the start.
+
+    Source: Zhang et al. 2024, MCG-NJU/p-MoD.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.score = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N"]:
+        return self.score(x.astype(jnp.float32))[..., 0]
+
+
+class PairRouter(nnx.Module):
+    """gamma-MoD: two logits per token in float32, (skip, enter).
+
+    Source: Luo et al. 2024, Yaxin9Luo/Gamma-MOD.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.score = nnx.Linear(width, 2, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N 2"]:
+        return self.score(x.astype(jnp.float32))
+
+
+class DuoMlp(nnx.Module):
+    """Duo-LLM: a small gated MLP beside a layer's own, and logits over (bypass, small, big)."""
+
+    def __init__(self, width: int, hidden: int, *, activation: str = "silu", rngs: nnx.Rngs):
+        shape = BlockShape(width, 1, 1, width, hidden, activation=activation)
+        self.small = GatedMlp(shape, rngs=rngs)
+        self.router = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N 3"]:
+        """The router's logits in float32."""
+        return self.router(x.astype(jnp.float32))

@@ -1,39 +1,57 @@
 """One block of any transformer run under a plan: every site, in order."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tokred.cache import LayerCache
+from tokred.combine import Combine
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
-from tokred.nn.block import Block, drop_path
-from tokred.plan import Ask, Plan, Site
+from tokred.nn.block import drop_path
+from tokred.plan import EXPERT_WEIGHT, Ask, Plan, Site
 from tokred.report import Call, Record, reduce_at
 from tokred.tokens import Tokens
 
 Outcome = tuple[Tokens, tuple[Record, ...]]
 
 
+class Ran(NamedTuple):
+    """What came out of a block or a part of it: source [*B S] as it was at its attention."""
+
+    tokens: Tokens
+    records: tuple[Record, ...]
+    source: Array
+    cache: LayerCache | None
+
+
 @dataclass(frozen=True)
 class Here:
     """Where a forward pass stands: the blocks, this layer, and what reductions are handed.
 
-    drop: stochastic-depth rate of this layer; it acts only with `call.train` and a key.
+    blocks: by layer; those that evidence may be asked of. drop: stochastic-depth rate of this
+    layer; it acts only with `call.train` and a key. cache: this layer's, None outside decoding.
+    fresh: the cache is empty, so that the tokens see each other alone; static. mlp_weight: what a
+    rule around the layer multiplies its MLP's update by.
     """
 
-    blocks: Sequence[Block]
+    blocks: Mapping[int, Any]
     layer: int
     plan: Plan
     call: Call
     drop: float | Array = 0.0
+    cache: LayerCache | None = None
+    fresh: bool = False
+    mlp_weight: Array | None = None
 
     @property
-    def block(self) -> Block:
+    def block(self) -> Any:
         return self.blocks[self.layer]
 
     def reduce(self, kind: str, tokens: Tokens, seen: Seen | None = None) -> Outcome:
@@ -41,10 +59,10 @@ class Here:
         site = Site(kind, self.layer)
         if not self.plan.at(site.kind, site.layer):
             return tokens, ()
-        give = lambda ask: self._provide(ask, tokens, seen)  # noqa: E731
+        give = lambda ask: self._provide(ask, kind, tokens, seen)  # noqa: E731
         return reduce_at(self.plan, site, tokens, give, self.call)
 
-    def _provide(self, ask: Ask, tokens: Tokens, seen: Seen | None) -> Array:
+    def _provide(self, ask: Ask, kind: str, tokens: Tokens, seen: Seen | None) -> Array:
         if ask.layer < 0:
             if ask.name not in tokens.extra:
                 raise ValueError(
@@ -52,6 +70,14 @@ class Here:
                     "store it; move the reduction to a later layer."
                 )
             return tokens.extra[ask.name]
+        if ask.kind == "normed":
+            norm = self.block.norm2 if kind in ("around_mlp", "mid") else self.block.norm1
+            return norm(tokens.x)
+        if ask.kind == "experts":
+            return self.block.route(tokens.x)
+        if ask.kind == "cached":
+            held = jnp.zeros(tokens.batch) if self.cache is None else self.cache.length[:, 0]
+            return jnp.broadcast_to(held[..., None], (*tokens.batch, tokens.n))
         if ask.kind == "hidden" or (seen is not None and ask.layer == 0):
             return provide(ask, self._matching(ask, tokens, seen))
         return provide(ask, self.project(tokens, self.layer + ask.layer))
@@ -68,63 +94,85 @@ class Here:
 
     def project(self, tokens: Tokens, layer: int) -> Seen:
         """Projections of `tokens` by a layer, as evidence."""
-        if layer >= len(self.blocks):
+        if layer not in self.blocks:
             raise ValueError(
                 f"Ask for layer {layer}: the model has {len(self.blocks)} layers; lower Ask.layer."
             )
-        return Seen(*self.blocks[layer].project(tokens.x), tokens.x, tokens)
+        block = self.blocks[layer]
+        return Seen(*block.project(tokens), tokens.x, tokens, **block.evidence(tokens))
 
     def path(self, update: Array, branch: int) -> Array:
         """Stochastic depth of one branch."""
         if not self.call.train or self.call.key is None:
             return update
-        key = jax.random.fold_in(self.call.key, 7919 + 2 * self.layer + branch)
-        return drop_path(update, self.drop, key)
+        return drop_path(update, self.drop, jax.random.fold_in(self.call.key, 7919 + branch))
+
+    def attend(
+        self, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens
+    ) -> tuple[Array, LayerCache | None]:
+        """(update, cache): valid keys are written to the cache before queries look at it."""
+        cache = self.cache
+        if cache is None:
+            return self.block.attend(q, k, v, queries, keys), None
+        if keys.bias is not None or keys.policy is not None:
+            raise ValueError(
+                f"layer {self.layer}: a cache keeps no gates; decode under a plan whose gates "
+                "decide (twin='packed' or 'causal')."
+            )
+        cache = cache.append(k, v, keys.position[..., 0], keys.valid)
+        if self.fresh:
+            return self.block.attend(q, k, v, queries, keys), cache
+        return self.block.attend_cached(q, queries, cache), cache
 
 
-def run_block(here: Here, tokens: Tokens) -> tuple[Tokens, tuple[Record, ...], Array]:
-    """One layer under the plan: (tokens, records, source [*B S] at its attention)."""
+def run_block(here: Here, tokens: Tokens) -> Ran:
+    """One layer under the plan."""
     tokens, first = here.reduce("before", tokens)
-    tokens, rest, source = _around(here, "around", tokens, _whole)
+    tokens, rest, source, cache = _around(here, "around", tokens, _whole)
     tokens, last = here.reduce("after", tokens)
-    return tokens, first + rest + last, source
+    return Ran(tokens, first + rest + last, source, cache)
 
 
-def _whole(here: Here, tokens: Tokens) -> tuple[Tokens, tuple[Record, ...], Array]:
-    tokens, attended, source = _around(here, "around_attention", tokens, _attention)
-    tokens, fed, _ = _around(here, "around_mlp", tokens, _mlp)
-    return tokens, attended + fed, source
+def _whole(here: Here, tokens: Tokens) -> Ran:
+    tokens, attended, source, cache = _around(here, "around_attention", tokens, _attention)
+    tokens, fed, _, _ = _around(here, "around_mlp", tokens, _mlp)
+    return Ran(tokens, attended + fed, source, cache)
 
 
-def _around(here: Here, kind: str, tokens: Tokens, inner: Callable) -> tuple:
-    """`inner` on reduced tokens, its update put back: x + restore(w update), skipped ones scaled.
-
-    aux 'kept_weight' [*B K] and 'skip_scale' [*B N] are optional, both default 1.
-    """
+def _around(here: Here, kind: str, tokens: Tokens, inner: Callable[[Here, Tokens], Ran]) -> Ran:
+    """`inner` on the tokens that enter, put back among all by the rule in aux['combine']."""
     reduced, records = here.reduce(kind, tokens)
-    out, more, source = inner(here, reduced)
-    moved = [(record.map, record.aux) for record in records if record.map is not None]
-    if not moved:
-        return out, records + more, source
-    if len(moved) > 1:
+    if not records:
+        return inner(here, tokens)
+    if len(records) > 1:
         raise ValueError(f"Plan: one reduction at most can stand at {kind}_{here.layer}.")
-    [(map_, aux)] = moved
-    update = out.x - reduced.x
-    weight, skip = (aux.get(name) for name in ("kept_weight", "skip_scale"))
-    update = update if weight is None else update * weight[..., None].astype(update.dtype)
-    x = _skipped(tokens.x, map_, skip) + map_.restore(update)
-    return tokens.replace(x=x), records + more, source
+    map_, combine = records[0].map, records[0].aux.get("combine", Combine())
+    inside = dataclasses.replace(here, mlp_weight=combine.mlp_weight)
+    out = _maybe(inside, reduced, map_, inner)
+    x = combine.put_back(tokens.x, reduced.x, out.tokens.x, map_)
+    return out._replace(tokens=tokens.replace(x=x), records=records + out.records)
 
 
-def _skipped(x: Array, map_: TokenMap, scale: Array | None) -> Array:
-    if scale is None:
-        return x
-    return jnp.where((map_.source < 0)[..., None], x * scale[..., None].astype(x.dtype), x)
+def _maybe(here: Here, tokens: Tokens, map_: TokenMap | None, inner: Callable) -> Ran:
+    """`inner`, left out where no token enters: by the plan, or in decoding by the decisions."""
+    skipped = Ran(tokens, (), tokens.sources(), here.cache)
+    if tokens.n == 0:
+        return skipped
+    alone = len([s for s, _ in here.plan.steps if s.layer == here.layer]) == 1
+    if not (here.call.skip and alone and map_ is not None and map_.valid is not None):
+        return inner(here, tokens)
+
+    def run() -> tuple[Array, Any]:
+        ran = inner(here, tokens)
+        return ran.tokens.x, ran.cache
+
+    x, cache = jax.lax.cond(map_.valid.any(), run, lambda: (tokens.x, here.cache))
+    return skipped._replace(tokens=tokens.replace(x=x), cache=cache)
 
 
-def _attention(here: Here, tokens: Tokens) -> tuple[Tokens, tuple[Record, ...], Array]:
-    q, k, v = here.block.project(tokens.x)
-    seen = Seen(q, k, v, tokens.x, tokens)
+def _attention(here: Here, tokens: Tokens) -> Ran:
+    q, k, v = here.block.project(tokens)
+    seen = Seen(q, k, v, tokens.x, tokens, **here.block.evidence(tokens))
     keys, at_keys = here.reduce("keys", tokens, seen)
     for record in at_keys:
         k, v = _move_keys(record, k, v)
@@ -134,11 +182,11 @@ def _attention(here: Here, tokens: Tokens) -> tuple[Tokens, tuple[Record, ...], 
     moved = keys.n != tokens.n or queries.n != tokens.n
     if moved and tokens.policy is not None:
         raise ValueError(f"layer {here.layer}: a policy needs all queries and keys; use one twin.")
-    update = here.path(here.block.attend(q, k, v, keys), 0)
-    tokens = queries.replace(x=queries.x + update)
+    update, cache = here.attend(q, k, v, queries, keys)
+    tokens = queries.replace(x=queries.x + here.path(update, 0))
     tokens = _store(here, tokens, seen)
     after, middle = here.reduce("mid", tokens, seen)
-    return after, at_keys + at_queries + middle, queries.sources()
+    return Ran(after, at_keys + at_queries + middle, queries.sources(), cache)
 
 
 def _move_keys(record: Record, k: Array, v: Array) -> tuple[Array, Array]:
@@ -155,6 +203,11 @@ def _store(here: Here, tokens: Tokens, seen: Seen) -> Tokens:
     return tokens.replace(extra={**tokens.extra, **found})
 
 
-def _mlp(here: Here, tokens: Tokens) -> tuple[Tokens, tuple[Record, ...], Array]:
-    update = here.path(here.block.feed(tokens.x), 1)
-    return tokens.replace(x=tokens.x + update), (), tokens.sources()
+def _mlp(here: Here, tokens: Tokens) -> Ran:
+    extra = dict(tokens.extra)
+    weight = extra.pop(EXPERT_WEIGHT, None)  # of this layer's experts alone
+    feed = here.block.feed if weight is None else partial(here.block.feed, experts=weight)
+    update = here.path(feed(tokens.x), 1)
+    if here.mlp_weight is not None:
+        update = update * here.mlp_weight[..., None].astype(update.dtype)
+    return Ran(tokens.replace(x=tokens.x + update, extra=extra), (), tokens.sources(), None)

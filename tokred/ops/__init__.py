@@ -8,6 +8,8 @@ from tokred.ops.attention import (
     attention_column_mean,
     attention_probs,
     attention_rows,
+    cached_attention,
+    position_mask,
 )
 from tokred.ops.gather import gather
 from tokred.ops.segment import segment_max, segment_sum
@@ -18,7 +20,9 @@ __all__ = [
     "attention_column_mean",
     "attention_probs",
     "attention_rows",
+    "cached_attention",
     "gather",
+    "position_mask",
     "segment_max",
     "segment_sum",
     "top_k",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.ops.dispatch import choose
 
@@ -14,38 +14,89 @@ NEGATIVE = -1e30  # finite: a query without any valid key stays finite
 
 def attention(
     q: Float[Array, "*B N H E"],
-    k: Float[Array, "*B M H E"],
-    v: Float[Array, "*B M H E"],
+    k: Float[Array, "*B M G E"],
+    v: Float[Array, "*B M G E"],
     *,
     bias: Float[Array, "*B M"] | None = None,
     valid: Bool[Array, "*B M"] | None = None,
+    mask: Bool[Array, "*B N M"] | None = None,
     policy: Float[Array, "*B M"] | None = None,
     policy_eps: float = 1e-6,
     scale: float | None = None,
+    cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B N H E"]:
     """softmax(q k^T scale + bias) v, with the softmax in float32.
 
-    `bias` is added per key (log size, log gate). `policy` multiplies the exponentials of every
-    key but a query's own (DynamicViT, DiffRate) and needs M = N; it takes the plain path, which
-    holds all probabilities. `scale` defaults to E^-0.5 and is static.
+    H is a multiple of G: H / G neighbouring query heads share a key head. `bias` is added per key
+    (log size, log gate), `mask` tells which keys a query sees. `policy` multiplies the exponentials
+    of every key but a query's own (DynamicViT, DiffRate) and needs M = N. `cap` bounds logits as
+    cap tanh(logits / cap). Policy and cap take the plain path, which holds all probabilities.
+    `scale` defaults to E^-0.5; scale and cap are static.
 
     Implementations: 'xla' (fused by the compiler), 'cudnn' (NVIDIA kernels), 'reference'.
     Gradient: to q, k, v, bias and policy.
     """
-    if policy is not None:
-        probs = attention_probs(
-            q, k, bias=bias, valid=valid, policy=policy, policy_eps=policy_eps, scale=scale
-        )
-        return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), v)
+    if policy is not None or cap is not None:
+        how = {"policy": policy, "policy_eps": policy_eps, "scale": scale, "cap": cap}
+        probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
+        return _weigh(probs, v)
     table = {
         "xla": functools.partial(_fused, implementation="xla"),
         "cudnn": functools.partial(_fused, implementation="cudnn"),
         "reference": _reference,
     }
     return choose("attention", implementation, table, "xla")(
-        q, k, v, key_bias(bias, valid), q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v, key_bias(bias, valid), mask, q.shape[-1] ** -0.5 if scale is None else scale
     )
+
+
+def position_mask(
+    queries: Num[Array, "*B N C"], keys: Num[Array, "*B M C"], window: int | None = None
+) -> Bool[Array, "*B N M"]:
+    """Which keys a query may see: those not after it, and of its own document where positions have
+    a second coordinate. window: at most so many places back, its own included; static."""
+    q, k = queries[..., :, None, :], keys[..., None, :, :]
+    seen = k[..., 0] <= q[..., 0]
+    if window is not None:
+        seen &= k[..., 0] > q[..., 0] - window
+    return seen & (k[..., 1:] == q[..., 1:]).all(-1)
+
+
+def cached_attention(
+    q: Float[Array, "*B N H E"],
+    k: Float[Array, "*B G C E"],
+    v: Float[Array, "*B G C E"],
+    *,
+    mask: Bool[Array, "*B G N C"],
+    bias: Float[Array, "*B G C"] | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Float[Array, "*B N H E"]:
+    """Attention of a few queries over the slots of a cache, whose key heads may hold different
+    tokens. A query that sees no slot gives 0. Gradient: to q, k, v and bias."""
+    grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])  # [*B N G R E]
+    logits = jnp.einsum("...ngre,...gce->...grnc", grouped, k, preferred_element_type=jnp.float32)
+    logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[..., None, None, :]
+    seen = mask[..., None, :, :]
+    probs = jax.nn.softmax(jnp.where(seen, logits, NEGATIVE), axis=-1) * seen
+    y = jnp.einsum("...grnc,...gce->...ngre", probs.astype(v.dtype), v)
+    return y.reshape(q.shape)
+
+
+def _capped(logits: Array, cap: float | None) -> Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _weigh(probs: Float[Array, "*B H N M"], v: Float[Array, "*B M G E"]) -> Array:
+    return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), _per_query_head(v, probs))
+
+
+def _per_query_head(x: Array, probs_or_queries: Array, axis: int = -3) -> Array:
+    """Key heads repeated for the query heads that share them."""
+    return jnp.repeat(x, probs_or_queries.shape[axis] // x.shape[-2], axis=-2)
 
 
 def key_bias(
@@ -58,43 +109,53 @@ def key_bias(
     return hidden if bias is None else jnp.where(valid, bias.astype(jnp.float32), NEGATIVE)
 
 
-def _fused(q: Array, k: Array, v: Array, bias: Array | None, scale: float, implementation: str):
+def _fused(
+    q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float, implementation: str
+) -> Array:
     fused: Any = jax.nn.dot_product_attention  # its overloads do not know a name at run time
-    run = functools.partial(fused, scale=scale, implementation=implementation)
-    if bias is not None and implementation == "cudnn":
-        bias = bias.astype(q.dtype)
-    args = (q, k, v) if bias is None else (q, k, v, bias[..., None, None, :])
+
+    def run(q: Array, k: Array, v: Array, bias: Any, mask: Any) -> Array:
+        return fused(q, k, v, bias, mask, scale=scale, implementation=implementation)
+
+    if bias is not None:
+        bias = bias[..., None, None, :]
+        bias = bias.astype(q.dtype) if implementation == "cudnn" else bias
+    args = (q, k, v, bias, None if mask is None else mask[..., None, :, :])
     if q.ndim == 3:
-        return run(*[a[None] for a in args])[0]
+        return run(*[None if a is None else a[None] for a in args])[0]
     for _ in range(q.ndim - 4):
         run = jax.vmap(run)
     return run(*args)
 
 
-def _reference(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
-    probs = attention_probs(q, k, bias=bias, scale=scale)
-    return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), v)
+def _reference(q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float) -> Array:
+    return _weigh(attention_probs(q, k, bias=bias, mask=mask, scale=scale), v)
 
 
 def attention_probs(
     q: Float[Array, "*B N H E"],
-    k: Float[Array, "*B M H E"],
+    k: Float[Array, "*B M G E"],
     *,
     bias: Float[Array, "*B M"] | None = None,
     valid: Bool[Array, "*B M"] | None = None,
+    mask: Bool[Array, "*B N M"] | None = None,
     policy: Float[Array, "*B M"] | None = None,
     policy_eps: float = 1e-6,
     own: Int[Array, " N"] | None = None,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "*B H N M"]:
-    """All probabilities, in float32. `own` [N] tells which key is a query's own (default: its
-    index), for `policy` only. Gradient: to every float argument.
+    """All probabilities, in float32; arguments as `attention` has them. `own` [N] tells which key
+    is a query's own (default: its index), for `policy` only. Gradient: to every float argument.
     """
+    k = _per_query_head(k, q, axis=-2)
     logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
     joint = key_bias(bias, valid)
     if joint is not None:
         logits = logits + joint[..., None, None, :]
+    if mask is not None:
+        logits = jnp.where(mask[..., None, :, :], logits, NEGATIVE)
     if policy is None:
         return jax.nn.softmax(logits, axis=-1)
     own = jnp.arange(q.shape[-3]) if own is None else own
@@ -119,11 +180,12 @@ def _policy_softmax(logits: Array, policy: Array, own: Array, eps: float, share:
 
 
 def attention_rows(
-    q: Float[Array, "*B R H E"], k: Float[Array, "*B M H E"], **kwargs
+    q: Float[Array, "*B R H E"], k: Float[Array, "*B M G E"], **kwargs
 ) -> Float[Array, "*B H R M"]:
     """The probabilities of a few query rows: exact, and beside any fused kernel almost free.
 
-    Takes the keyword arguments of `attention_probs`; with `policy`, `own` [R] is required.
+    Takes the keyword arguments of `attention_probs` (mask [*B R M]); with `policy`, `own` [R] is
+    required.
     """
     if kwargs.get("policy") is not None and kwargs.get("own") is None:
         raise ValueError("ops.attention_rows: with policy, own= must name each row's own key.")
@@ -132,9 +194,10 @@ def attention_rows(
 
 def attention_column_mean(
     q: Float[Array, "*B N H E"],
-    k: Float[Array, "*B M H E"],
+    k: Float[Array, "*B M G E"],
     *,
     query_valid: Bool[Array, "*B N"] | None = None,
+    mask: Bool[Array, "*B N M"] | None = None,
     block: int = 128,
     **kwargs,
 ) -> Float[Array, "*B M"]:
@@ -147,8 +210,10 @@ def attention_column_mean(
     weight = jnp.ones(q.shape[:-2]) if query_valid is None else query_valid.astype(jnp.float32)
     total = jnp.zeros((*k.shape[:-3], k.shape[-3]), jnp.float32)
     for start in range(0, n, block):
-        own = jnp.arange(start, min(start + block, n))
-        rows = attention_rows(q[..., start : start + block, :, :], k, own=own, **kwargs)
-        total = total + jnp.einsum("...hnm,...n->...m", rows, weight[..., start : start + block])
+        part = slice(start, start + block)
+        kwargs |= {"own": jnp.arange(start, min(start + block, n))}
+        kwargs |= {"mask": None if mask is None else mask[..., part, :]}
+        rows = attention_rows(q[..., part, :, :], k, **kwargs)
+        total = total + jnp.einsum("...hnm,...n->...m", rows, weight[..., part])
     queries = jnp.maximum(weight.sum(-1, keepdims=True), 1.0)
     return total / (queries * q.shape[-2])

@@ -14,20 +14,29 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from tokred.models.vit import ViTConfig
 from tokred.plan import nearest
+from tokred.train.families import find_family
 
 DTYPES = ("dtype", "param_dtype")
+IMAGES = {"name": "digits", "batch": 32, "eval_batch": 359, "shift": 1, "placements": 4}
+TEXT = {
+    "name": "stdlib", "batch": 16, "eval_batch": 16, "eval_rows": 512, "length": 256,
+    "tokenizer": "bytes", "packed": True,
+}  # fmt: skip
 Config = Any  # a locked ConfigDict; type checkers cannot know its fields
+BASELINES = ("tome", "evit", "topk", "uniform", "pooling", "random")
 FREE = "options"  # a section with this name takes any key; make_plan checks them
 
 
-def default_config() -> Config:
+def default_config(task: str = "images") -> Config:
     """Every field of a job with its default; locked, so that recipes cannot misspell one.
+
+    task: 'images' (a ViT that classifies) or 'text' (a decoder that predicts the next token).
 
     seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
     weights to start from. mesh: see `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields
-    of ViTConfig. data.mock: number of made-up examples instead of real ones, 0 for none. train: the
+    of the task's model. data: of images see `inputs`, of text `text_inputs`; mock: number of
+    made-up examples instead of real ones, 0 for none. train: the
     first stage, under a method with its options (a learned method in its soft form); 0 steps for
     none; remat: see `Call`. optimizer: see `make_optimizer`; ema, accumulate: see
     `make_train_step`. loss: mixup to mix_switch are the fields of `Mixing`. distill: of the first
@@ -41,16 +50,13 @@ def default_config() -> Config:
     mixing = {"mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "mix_switch": 0.5}
     config: Config = ConfigDict(
         {
+            "task": task,
             "seed": 0,
             "start_from": None,
             "mesh": {"shape": (-1,), "axes": ("data",), "rules": ()},
-            "model": _model_defaults(),
+            "model": _model_defaults(task),
             "data": {
-                "name": "digits",
-                "batch": 32,
-                "eval_batch": 359,
-                "shift": 1,
-                "placements": 4,
+                **(TEXT | {FREE: {}} if task == "text" else IMAGES),
                 "data_dir": None,
                 "threads": 1,
                 "mock": 0,
@@ -72,7 +78,7 @@ def default_config() -> Config:
             },
             "finetune": {"steps": 0, "lr": 1e-4},
             "evaluate": {
-                "methods": ("tome", "evit", "topk", "uniform", "pooling", "random"),
+                "methods": () if task == "text" else BASELINES,
                 "macs": 0.6,
                 "rounds": 20,
                 "time_batch": 64,
@@ -83,14 +89,26 @@ def default_config() -> Config:
         }
     )
     config.lock()
-    for section in (config.train, config.rates):
-        section[FREE].unlock()
+    for section in (config.train, config.rates, config.data):
+        if FREE in section:
+            section[FREE].unlock()
     return config
 
 
-def _model_defaults() -> dict[str, Any]:
-    values = dataclasses.asdict(ViTConfig())
-    return {**values, "dtype": None, "param_dtype": "float32"}
+def _model_defaults(task: str) -> dict[str, Any]:
+    fields = dataclasses.fields(find_family(task).config)
+    return {f.name: f.default for f in fields} | {"dtype": None, "param_dtype": "float32"}
+
+
+def bytes_config() -> Config:
+    """What the recipes on bytes share: a small decoder on the Python standard library's sources."""
+    config = default_config("text")
+    config.model.update({"vocab": 259, "width": 64, "depth": 8, "heads": 4, "context": 256})
+    config.data.update({"name": "stdlib", "length": 256, "batch": 8})
+    config.train.steps = 2000
+    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
+    config.log.every = 50
+    return config
 
 
 def digits_config() -> Config:
@@ -143,6 +161,8 @@ def shrink(config: Config) -> Config:
     small = config.copy_and_resolve_references()
     with small.unlocked():
         small.model.update({"width": 16, "depth": 4, "heads": 2})
+        if config.task == "text":
+            return _shrink_text(small)
         small.train.steps = min(small.train.steps, 4)
         small.rates.steps = min(small.rates.steps, 3)
         small.finetune.steps = min(small.finetune.steps, 2)
@@ -155,6 +175,15 @@ def shrink(config: Config) -> Config:
             small.data.eval_batch = 16
         if small.start_from is not None:  # the other run does not exist at smoke size
             small.start_from, small.train.steps = None, 4
+    return small
+
+
+def _shrink_text(small: Config) -> Config:
+    small.model.update({"kv_heads": None, "head_dim": None, "hidden": None, "context": 32})
+    small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16, "length": 32})
+    small.train.steps = min(small.train.steps, 4)
+    small.evaluate.update({"rounds": 2, "time_batch": 8})
+    small.checkpoint.every = small.log.every = 2
     return small
 
 
@@ -265,8 +294,8 @@ def from_json(fields: Mapping[str, Any]) -> Config:
     return ConfigDict(fields, convert_dict=True).lock()
 
 
-def model_config(config: Config) -> ViTConfig:
-    """The ViTConfig of config.model.
+def model_config(config: Config) -> Any:
+    """The model's config of config.model.
 
     Raises:
       ValueError: an unknown dtype, or fields that do not fit each other.
@@ -276,7 +305,7 @@ def model_config(config: Config) -> ViTConfig:
     }
     for name in DTYPES:
         fields[name] = _dtype(name, fields[name])
-    return ViTConfig(**fields)
+    return find_family(config.task).config(**fields)
 
 
 def _dtype(field: str, name: str | None) -> Any:

@@ -13,14 +13,15 @@ from jaxtyping import Array
 from tokred import cost, viz
 from tokred.methods import make_plan
 from tokred.plan import Plan
+from tokred.report import Report
 from tokred.train.inputs import Inputs
 from tokred.train.loop import Around, Stage, run_stage
-from tokred.train.losses import Objective
 from tokred.train.mesh import round_up, to_mesh
 from tokred.train.processes import is_main, to_host
 from tokred.train.setup import WEIGHTS, Setup, learned_plan
 from tokred.train.state import Arrays, Weights, result
 from tokred.train.step import make_eval_step, make_forward
+from tokred.train.text import bits_per_byte
 
 Row = dict[str, Any]
 Plans = dict[str, tuple[Plan, float | None]]
@@ -51,6 +52,8 @@ def choose_plans(
     free = keep is None and ratio is None
     if learned is not None and free and (methods is None or learned.name in methods):
         plans[learned.name] = (learned, None)
+        if any(reduction.decides for _, reduction in learned.steps):
+            plans[f"{learned.name} causal"] = (learned.with_twin("causal"), None)
     if ratio is None and learned is not None:
         ratio = _ratio(setup, learned)
     budget: float = setup.config.evaluate.macs if ratio is None else ratio
@@ -72,13 +75,18 @@ def check_budget(setup: Setup) -> None:
 
 
 def _ratio(setup: Setup, plan: Plan) -> float:
-    return cost.macs(setup.model, plan) / cost.macs(setup.model)
+    return _macs(setup, plan) / _macs(setup, Plan())
+
+
+def _macs(setup: Setup, plan: Plan) -> int:
+    return cost.macs(setup.model, plan, tokens=setup.tokens)
 
 
 def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> list[Row]:
-    """A row per plan: accuracy and recall in [0, 1], MACs and milliseconds of one image.
+    """A row per plan: the scores of the task (`Objective.scores`), MACs and milliseconds of one
+    example.
 
-    'recall' is None where the data has no mask. 'keep' is None for dense and for what was learned.
+    'recall' is None where the data has no mask, 'bits_per_byte' stands beside a loss on text. 'keep' is None for dense and for what was learned.
     Times are medians of rounds in which all plans take turns. With config.finetune.steps every
     plan is first trained for so long from the same weights.
     """
@@ -88,7 +96,7 @@ def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> l
     for name, (plan, keep) in plans.items():
         row = {"method": name, "seed": setup.config.seed, "keep": keep}
         row |= make_evaluator(setup, inputs, plan)(tuned[name])
-        row |= {"macs": cost.macs(setup.model, plan), "macs_ratio": _ratio(setup, plan)}
+        row |= {"macs": _macs(setup, plan), "macs_ratio": _ratio(setup, plan)}
         rows.append(row | {"ms": times[name], "ms_ratio": times[name] / times["dense"]})
     return rows
 
@@ -96,9 +104,9 @@ def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> l
 def make_evaluator(
     setup: Setup, inputs: Inputs, plan: Plan
 ) -> Callable[[Weights], dict[str, float | None]]:
-    """weights -> 'accuracy' and 'recall' (None without masks) of a plan over all evaluation passes;
-    compiled once."""
-    step = make_eval_step(setup.skeleton, plan, setup.layout)
+    """weights -> the scores of a plan over all evaluation passes; compiled once."""
+    objective = setup.objective(plan)
+    step = make_eval_step(setup.skeleton, objective, setup.layout)
     key = setup.eval_key()
 
     def evaluate(weights: Weights) -> dict[str, float | None]:
@@ -108,7 +116,11 @@ def make_evaluator(
             sums = step(weights, rows, jax.random.fold_in(key, i))
             totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
         share = {name: float(value / totals["count"]) for name, value in totals.items()}
-        return {"accuracy": share["correct"], "recall": share.get("recall")}
+        scores = objective.scores(share)
+        if inputs.bytes_per_token is not None:
+            loss = scores["loss"] or 0.0
+            scores["bits_per_byte"] = bits_per_byte(loss, inputs.bytes_per_token)
+        return scores
 
     return evaluate
 
@@ -116,19 +128,20 @@ def make_evaluator(
 def time_plans(
     setup: Setup, weights: Mapping[str, Weights], inputs: Inputs, plans: Plans
 ) -> dict[str, float]:
-    """Milliseconds of one image by name: logits of one batch, spread over the mesh."""
-    mesh, first = setup.mesh, next(iter(inputs.eval_batches()))["image"]
+    """Milliseconds of one example by name: logits of one batch, spread over the mesh."""
+    mesh, first = setup.mesh, next(iter(inputs.eval_batches()))
     rows = round_up(mesh, setup.config.evaluate.time_batch) // inputs.count
-    images = to_mesh({"image": np.resize(first, (rows, *first.shape[1:]))}, mesh)["image"]
+    fields = setup.objective(Plan()).fields
+    batch = to_mesh({f: np.resize(first[f], (rows, *first[f].shape[1:])) for f in fields}, mesh)
     key = setup.eval_key()
 
     def call(name: str, plan: Plan) -> Callable[[], Array]:
-        forward = make_forward(setup.skeleton, plan, lambda logits, _: logits)
-        return lambda: forward(weights[name], images, key)
+        forward = make_forward(setup.skeleton, setup.objective(plan), lambda logits, _: logits)
+        return lambda: forward(weights[name], batch, key)
 
     calls = {name: call(name, plan) for name, (plan, _) in plans.items()}
     timings = cost.time_rounds(calls, rounds=setup.config.evaluate.rounds)
-    return {name: 1e3 * timing.median / len(images) for name, timing in timings.items()}
+    return {name: 1e3 * timing.median / len(batch[fields[0]]) for name, timing in timings.items()}
 
 
 def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weights:
@@ -139,7 +152,7 @@ def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weig
     optimizer = {k: v for k, v in config.optimizer.items() if k not in ("ema", "accumulate")}
     stage = Stage(
         f"tune {plan.name}",
-        Objective(plan, label_smoothing=config.loss.label_smoothing),
+        setup.objective(plan),
         config.finetune.steps,
         WEIGHTS,
         {**optimizer, "lr": config.finetune.lr},
@@ -160,14 +173,18 @@ def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weig
 
 
 def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Path) -> None:
-    """tokens.png: what the plan keeps and merges in the first test images."""
-    count = setup.config.evaluate.pictures
+    """What the plan does with the first test examples: tokens.png, or of text routing.html."""
     rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
-    forward = make_forward(setup.skeleton, plan, lambda _, report: report.sources)
-    key = setup.eval_key()
-    shown = {k: v for k, v in rows.items() if k in ("image", "mask")}
-    rows, sources = to_host((shown, forward(weights, rows["image"], key)))
+    take = lambda _, report: (report.sources, entered(report))  # noqa: E731
+    forward = make_forward(setup.skeleton, setup.objective(plan), take)
+    sources, routed = forward(weights, rows, setup.eval_key())
+    rows, sources, routed = to_host((dict(rows), sources, routed))
     if not is_main():
+        return
+    count = setup.config.evaluate.pictures
+    if setup.config.task == "text":
+        texts = [inputs.pieces(ids) for ids in rows["input"][:count]]
+        viz.write_routing(texts, {k: v[:count] for k, v in routed.items()}, workdir)
         return
     viz.plot_tokens(
         jnp.asarray(rows["image"][:count]),
@@ -177,3 +194,8 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
         path=workdir / "tokens.png",
         masks=rows["mask"][:count] if "mask" in rows else None,
     )
+
+
+def entered(report: Report) -> dict[str, Array]:
+    """Which tokens [B N] entered each routed layer, by site."""
+    return {site: aux["entered"] for site, aux in report.aux.items() if "entered" in aux}

@@ -1,16 +1,21 @@
 """The data that a config asks for: batches to train on, and fixed passes to evaluate on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from tokred.data.diagnostics import DIAGNOSTICS
 from tokred.data.digits import Canvas, DigitSource
 from tokred.data.pipeline import Batches, Source, Transform, eval_batches, train_batches
+from tokred.data.text import open_text
 from tokred.data.tfds_images import find_image_set, open_source
+from tokred.data.tokenizers import ByteTokenizer, Tokenizer, bytes_of, load_bpe
+from tokred.models.decoder import DecoderConfig
 from tokred.models.vit import ViTConfig
-from tokred.train.config import Config
+from tokred.train.config import FREE, Config
 from tokred.train.mesh import round_up, shard_of
 
 SPLITS = ("train", "test")
@@ -21,7 +26,8 @@ EVAL_SEED = 1000  # the same placements for every model and every method
 class Inputs:
     """Sources with their transforms.
 
-    passes: over the test split, each with its own draws, which never change.
+    passes: over the test split, each with its own draws, which never change. tokenizer: of text.
+    bytes_per_token: of the test split, None where tokens stand for no bytes.
     """
 
     train: Source
@@ -34,6 +40,14 @@ class Inputs:
     passes: int = 1
     shard: int = 0
     count: int = 1
+    tokenizer: Any = None
+    bytes_per_token: float | None = None
+
+    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Each token as a reader sees it."""
+        if self.tokenizer is None:
+            return [str(int(i)) for i in ids]
+        return [self.tokenizer.decode([int(i)]) for i in ids]
 
     def train_batches(self, seed: int) -> Batches:
         """Endless shuffled batches, of each the rows that this process reads."""
@@ -58,19 +72,73 @@ class Inputs:
         }
 
 
-def make_inputs(config: Config, model: ViTConfig, mesh: Mesh) -> Inputs:
+def make_inputs(config: Config, model: Any, mesh: Mesh) -> Inputs:
     """The inputs of config.data, sized for the model and cut for this process.
 
     The evaluation batch is rounded up to what divides over the mesh; surplus rows do not count.
 
     Raises:
-      ValueError: an unknown set, or one whose channels or classes do not fit the model.
+      ValueError: an unknown set, or one that does not fit the model.
       FileNotFoundError: a set that is not prepared on this machine.
     """
     data, (shard, count) = config.data, shard_of(mesh)
-    size, channels, classes = model.image_size[0], model.channels, model.classes
     sizes = {"batch": data.batch, "eval_batch": round_up(mesh, data.eval_batch)}
     sizes |= {"threads": data.threads, "shard": shard, "count": count}
+    if config.task == "text":
+        return _text(config, model, sizes)
+    return _images(data, model, sizes)
+
+
+def _text(config: Config, model: DecoderConfig, sizes: dict[str, int]) -> Inputs:
+    """Sequences of config.data.length tokens of a corpus or a diagnostic; see `data.open_text`."""
+    data = config.data
+    tokenizer = ByteTokenizer() if data.tokenizer == "bytes" else load_bpe(data.tokenizer)
+    how = {"length": data.length, "tokenizer": tokenizer, "packed": data.packed}
+    how |= {"data_dir": data.data_dir, "mock": data.mock, **data[FREE]}
+    train = open_text(data.name, "train", seed=config.seed, **how)
+    test = open_text(data.name, "test", **how)  # the same rows for every seed
+    if train.vocab > model.vocab or data.length > model.context:
+        raise ValueError(
+            f"data {data.name!r} has {train.vocab} different tokens in sequences of {data.length}, "
+            f"the model takes {model.vocab} in a context of {model.context}; set "
+            f"config.model.vocab={max(train.vocab, model.vocab)} and "
+            f"config.model.context={max(data.length, model.context)}."
+        )
+    held = Head(test.source, data.eval_rows or len(test.source))
+    known = None if data.name in DIAGNOSTICS else tokenizer
+    per_token = None if known is None else _bytes_per_token(held, test.transform, known)
+    return Inputs(
+        train.source, train.transform, held, test.transform, **sizes, tokenizer=known,
+        bytes_per_token=per_token,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first rows of a source."""
+
+    source: Source
+    rows: int
+
+    def __len__(self) -> int:
+        return min(self.rows, len(self.source))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
+
+
+def _bytes_per_token(source: Source, transform: Transform, tokenizer: Tokenizer) -> float:
+    rng = np.random.default_rng(0)
+    tokens, size = 0, 0
+    for index in range(len(source)):
+        row = transform(source[index], rng)
+        counted = row["target"][row["weight"] > 0]
+        tokens, size = tokens + len(counted), size + bytes_of(counted, tokenizer)
+    return size / max(tokens, 1)
+
+
+def _images(data: Config, model: ViTConfig, sizes: dict[str, int]) -> Inputs:
+    size, channels, classes = model.image_size[0], model.channels, model.classes
     if data.name == "digits":
         _fit(data.name, (1, 10), (channels, classes))
         canvas = Canvas(size=size)

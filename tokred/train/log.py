@@ -105,7 +105,7 @@ def _open_events(workdir: Path) -> Any:
 
 
 class Progress:
-    """A progress bar of one stage with loss, accuracy, MACs and images per second."""
+    """A progress bar of one stage with loss, accuracy, MACs and examples per second."""
 
     def __init__(self, stage: str, start: int, steps: int, batch: int, *, show: bool = True):
         from tqdm import tqdm
@@ -123,12 +123,12 @@ class Progress:
         self._bar.close()
 
     def tell(self, step: int, numbers: Mapping[str, float]) -> float:
-        """Shows the numbers of `step`; returns images per second since the last call."""
+        """Shows the numbers of `step`; returns examples per second since the last call."""
         now, (before, earlier) = time.perf_counter(), self._mark
         self._mark = (now, step)
         rate = (step - earlier) * self._batch / max(now - before, 1e-9)
         self._bar.set_postfix_str(
             f"loss {numbers['loss']:.3f}, accuracy {100 * numbers['accuracy']:.1f}%, "
-            f"MACs {100 * numbers['macs_ratio']:.0f}%, {rate:.0f} images/s"
+            f"MACs {100 * numbers['macs_ratio']:.0f}%, {rate:.0f} examples/s"
         )
         return rate

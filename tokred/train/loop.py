@@ -113,9 +113,10 @@ class _Turn:
             batch = dict(next(self.batches))
             self.watch.saw(step, batch["id"], self.batches.get_state())
         with self.clock("place", self.busy):
-            rows = to_mesh({name: batch[name] for name in ("image", "label")}, self.mesh)
+            fields = self.stage.objective.fields
+            rows = to_mesh({name: batch[name] for name in fields}, self.mesh)
         if self.bar is None:
-            size, show = len(rows["label"]), self.around.progress
+            size, show = len(rows[fields[0]]), self.around.progress
             self.bar = Progress(self.stage.name, self.start, self.stage.steps, size, show=show)
         self.bar.advance()
         return rows
@@ -144,7 +145,7 @@ class _Turn:
 
     def _tell(self, step: int, numbers: dict[str, float]) -> None:
         rate = 0.0 if self.bar is None else self.bar.tell(step, numbers)
-        self.around.log.write(self.stage.name, step, numbers, images_per_s=rate)
+        self.around.log.write(self.stage.name, step, numbers, examples_per_s=rate)
 
     def _broken(self, step: int, state: State, fault: int) -> Exception:
         good = int(jax.device_get(state["step"]))
@@ -183,7 +184,7 @@ def run_stage(
     only where this module says so.
 
     Raises:
-      NotFiniteError: images, loss or gradient norm are not finite; the last good state is saved.
+      NotFiniteError: inputs, loss or gradient norm are not finite; the last good state is saved.
       Preempted: `around.stop` said so; the state is saved.
     """
     around, start = around or Around(), int(state["step"])

@@ -1,18 +1,20 @@
 """What is minimised: cross entropy, what reductions add, a penalty on the cost, distillation."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tokred import cost
-from tokred.plan import Plan
+from tokred.plan import Layout, Plan
 from tokred.report import Call, Report
 from tokred.train.distill import match_features, match_logits
+from tokred.train.metrics import batch_sums
 from tokred.train.mixing import Mixing
 from tokred.train.state import Arrays, Skeleton
 
@@ -61,6 +63,10 @@ def _check_unit(unit: str, target: float) -> None:
         )
 
 
+Parts = dict[str, Float[Array, ""]]
+Batch = Mapping[str, Array]
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A model to learn from; static and hashable, its arrays are handed to each step.
@@ -74,11 +80,11 @@ class Teacher:
     temperature: float = 1.0
 
     def losses(
-        self, images: Array, logits: Array, report: Report, frozen: Mapping[str, Arrays]
-    ) -> dict[str, Float[Array, ""]]:
+        self, objective: "Objective", inputs: Any, logits: Array, report: Report, frozen: Any
+    ) -> Parts:
         """Distillation losses by name; frozen: {'params', 'rest'} of the teacher."""
         model = self.skeleton.merge(frozen["params"], frozen["rest"])
-        theirs, seen = model(images, call=Call())
+        theirs, seen = dataclasses.replace(objective, plan=DENSE).run(model, inputs, Call())
         parts = {}
         if self.logits:
             match = match_logits(logits, theirs, temperature=self.temperature)
@@ -90,58 +96,127 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one stage; static and hashable.
+    """The loss of one stage; static and hashable. A kind of task defines what stands below it.
 
     plan: the plan to train under. macs_weight: of the penalty on expected MACs, 0 for none.
-    target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`. mixing: of
-    images and targets. teacher: to distil from. remat: see `Call`.
+    target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`. teacher: to
+    learn from beside the labels. remat: how many layers compute their activations again.
     """
 
     plan: Plan = DENSE
-    label_smoothing: float = 0.0
     macs_weight: float = 0.0
     target: float = 1.0
     unit: str = "ratio"
     aux_weight: float = 1.0
-    mixing: Mixing = NO_MIXING
     teacher: Teacher | None = None
     remat: int = 0
+
+    fields: ClassVar[tuple[str, ...]] = ()  # of a batch, that go to the device
+    checked: ClassVar[tuple[str, ...]] = ()  # of those, floats that must be finite
 
     def __post_init__(self) -> None:
         _check_unit(self.unit, self.target)
 
+    def prepare(self, model: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Any, Any]:
+        """(inputs of the model, targets); key: of draws."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Batch) -> Any:
+        """The inputs of the model without any draw."""
+        raise NotImplementedError
+
+    def run(self, model: Any, inputs: Any, call: Call) -> tuple[Array, Report]:
+        """The model on its inputs, under the plan."""
+        raise NotImplementedError
+
+    def fit(self, logits: Array, targets: Any) -> Float[Array, ""]:
+        """The loss on the targets."""
+        raise NotImplementedError
+
+    def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
+        """What evaluation counts over a batch: 'count', 'correct' and more, sums over valid ones;
+        `scores` makes them results."""
+        raise NotImplementedError
+
+    def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
+        """Results from the sums over their count."""
+        raise NotImplementedError
+
+    def tokens(self, inputs: Any) -> int | None:
+        """How many tokens an example has, where the model's config does not say."""
+        return None
+
+    def finite(self, batch: Batch) -> Bool[Array, ""]:
+        """Whether what was fed is finite."""
+        return jnp.stack([jnp.isfinite(batch[f]).all() for f in self.checked] or [True]).all()
+
     def __call__(
         self,
         model: Any,
-        batch: Mapping[str, Array],
+        batch: Batch,
         key: PRNGKeyArray,
         controllers: Mapping[str, Any],
         frozen: Mapping[str, Arrays],
-    ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, Any]]]:
+    ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
         """(loss, (metrics of the batch, controllers after it)).
 
         Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss.
         """
-        classes = model.config.classes
-        targets = smooth_targets(batch["label"], classes, smoothing=self.label_smoothing)
-        images, targets = self.mixing(jax.random.fold_in(key, MIX), batch["image"], targets)
+        inputs, targets = self.prepare(model, batch, jax.random.fold_in(key, MIX))
         call = Call(states=controllers, key=key, train=True, remat=self.remat)
-        logits, report = model(images, plan=self.plan, call=call)
-        dense = float(cost.macs(model.config))  # more than an int32 holds
-        expected = jnp.asarray(cost.expected_macs(model.config, self.plan, report), jnp.float32)
-        parts = {"cross_entropy": cross_entropy(logits, targets)}
+        logits, report = self.run(model, inputs, call)
+        tokens = self.tokens(inputs)
+        dense = float(cost.macs(model.config, tokens=tokens))  # more than an int32 holds
+        expected = cost.expected_macs(model.config, self.plan, report, tokens=tokens)
+        expected = jnp.asarray(expected, jnp.float32)
+        parts = {"cross_entropy": self.fit(logits, targets)}
         parts |= {name: self.aux_weight * value for name, value in report.losses.items()}
         if self.macs_weight:
             parts["macs_penalty"] = macs_penalty(
                 expected, dense, target=self.target, weight=self.macs_weight, unit=self.unit
             )
         if self.teacher is not None:
-            parts |= self.teacher.losses(images, logits, report, frozen)
+            parts |= self.teacher.losses(self, inputs, logits, report, frozen)
         loss = jnp.stack([*parts.values()]).sum()
+        seen = self.sums(logits, report, batch, model.config.layout)
         metrics = {
             "loss": loss,
-            "accuracy": (logits.argmax(-1) == batch["label"]).mean(),
+            "accuracy": seen["correct"] / jnp.maximum(seen["count"], 1e-6),
             "macs_ratio": expected / dense,
             **(parts if len(parts) > 1 else {}),
         }
         return loss, (metrics, {**controllers, **report.states})
+
+
+@dataclass(frozen=True)
+class ImageObjective(Objective):
+    """Classes of images: 'image' [B Y X C] and 'label' [B].
+
+    label_smoothing, mixing: of the targets, see `smooth_targets` and `Mixing`.
+    """
+
+    label_smoothing: float = 0.0
+    mixing: Mixing = NO_MIXING
+
+    fields: ClassVar[tuple[str, ...]] = ("image", "label")
+    checked: ClassVar[tuple[str, ...]] = ("image",)
+
+    def prepare(self, model: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array]:
+        classes = model.config.classes
+        targets = smooth_targets(batch["label"], classes, smoothing=self.label_smoothing)
+        return self.mixing(key, batch["image"], targets)
+
+    def inputs(self, batch: Batch) -> Array:
+        return batch["image"]
+
+    def run(self, model: Any, inputs: Array, call: Call) -> tuple[Array, Report]:
+        return model(inputs, plan=self.plan, call=call)
+
+    def fit(self, logits: Array, targets: Array) -> Float[Array, ""]:
+        return cross_entropy(logits, targets)
+
+    def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
+        return batch_sums(logits, report.sources, batch, layout)
+
+    def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
+        return {"accuracy": share["correct"], "recall": share.get("recall")}

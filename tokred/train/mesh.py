@@ -30,11 +30,16 @@ RULES: Rules = (
     (r"attn/(query|key|value)/kernel$", ("fsdp", "tensor")),
     (r"attn/(query|key|value)/bias$", ("tensor",)),
     (r"attn/out/kernel$", ("tensor", "fsdp")),
-    (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
+    (r"mlp/(fc1|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"mlp/fc1/bias$", ("tensor",)),
-    (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
+    (r"mlp/(gate|up)$", (None, "fsdp", "tensor")),  # of experts
+    (r"mlp/down$", (None, "tensor", "fsdp")),
+    (r"mlp/router/kernel$", ()),
+    (r"mlp/(fc2|down)/kernel$", ("tensor", "fsdp")),
     (r"embed/proj/kernel$", (None, None, None, "fsdp")),
     (r"head/kernel$", ("fsdp",)),
+    # By words alone: split over 'fsdp' in its width it would split activations so, not by batch.
+    (r"embed/embedding$", ("tensor",)),
     (r"(^|/)(position|cls|registers|scale\d?|bias)$", ()),
 )
 

@@ -1,10 +1,12 @@
-"""Train steps compiled for whole TPU pods by the TPU compiler itself; no TPU is needed.
+"""Steps compiled for whole TPU pods by the TPU compiler itself; no TPU is needed.
 
-python -m tokred.train.pods --out=docs/pods.json --only='v5e-256/*'
+python -m tokred.train.pods --out=docs/pods.json --only='v5e-256/lm_1b/*'
 
-ViT-B/16 at 224 pixels, a global batch of 4096, bfloat16 over float32 parameters, AdamW. A row says
+Trained with AdamW, in bfloat16 over float32 parameters: ViT-B/16 at 224 pixels on a global batch of
+4096 images, and a decoder of a billion parameters on 256 sequences of 2048 tokens, whose layers are
+all computed twice. The decoder in bfloat16 also decodes a token of each of 256 sequences. A row says
 what one chip holds and counts, and how often chips talk. Nothing is executed, so nothing is timed
-but the compiler, which is told to search little for fast code: for the dense model on v5e-256 that
+but the compiler, which is told to search little for fast code: for the dense ViT on v5e-256 that
 gives the same collectives and 3 % less temporary memory in an eighth of the processor time.
 """
 
@@ -12,11 +14,8 @@ import fnmatch
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,70 +25,138 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred.methods import make_plan
-from tokred.models.vit import ViT, ViTConfig, vit_config
+from tokred.models.decoder import DecoderConfig, decoder_config
+from tokred.models.vit import vit_config
 from tokred.plan import Layout, Plan
 from tokred.train.cli import Arguments, run
-from tokred.train.losses import Objective
-from tokred.train.mesh import batch_sharding, make_mesh, replicated, with_places
+from tokred.train.collectives import count_activation_gathers, count_collectives
+from tokred.train.families import FAMILIES
+from tokred.train.losses import ImageObjective, Objective
+from tokred.train.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, with_places
 from tokred.train.optimizer import make_optimizer
 from tokred.train.state import Weights, init_state, split_model
 from tokred.train.step import make_train_step
+from tokred.train.text import TextObjective
 
 Row = dict[str, Any]
-AXES = ("data", "fsdp")
-BATCH = 4096
 MIB = 2**20
 QUICKLY = {"exec_time_optimization_effort": -1.0}  # of -1 to 1
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-PLANS: Mapping[str, Callable[[Layout], Plan]] = {
-    "dense": lambda layout: make_plan("dense", layout),
-    "diffrate": lambda layout: make_plan("diffrate", layout).with_twin("soft"),
-    "evit": lambda layout: make_plan("evit", layout, keep=0.7),
-    "tome": lambda layout: make_plan("tome", layout, r=13),
-}
+KEY = ("pod", "model", "step", "plan")  # of a row
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A slice of TPUs. shape: of the mesh over `AXES`. hbm: per chip, in 10^9 bytes."""
+    """A slice of TPUs. hbm: per chip, in 10^9 bytes."""
 
-    name: str
     topology: str
-    shape: tuple[int, int]
     hbm: int
 
 
-PODS = (
-    Pod("v5e-256", "v5e:16x16", (16, 16), 16),
-    Pod("v5p-512", "v5p:8x8x4", (32, 8), 95),  # named after its cores: 256 chips
-    Pod("v6e-256", "v6e:16x16", (16, 16), 32),
+PODS: Mapping[str, Pod] = {
+    "v5e-256": Pod("v5e:16x16", 16),
+    "v5p-512": Pod("v5p:8x8x4", 95),  # named after its cores: 256 chips
+    "v6e-256": Pod("v6e:16x16", 32),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and what it does under each of some plans.
+
+    step: 'train', or 'decode' one token of every sequence with a cache of the whole context.
+    batch: global. meshes: sizes of axes by pod. remat: how many layers are computed twice; the next
+    number is tried where a step does not fit.
+    """
+
+    model: str
+    step: str
+    config: Any
+    batch: int
+    plans: Mapping[str, Callable[[Layout], Plan]]
+    meshes: Mapping[str, Mapping[str, int]]
+    remat: tuple[int, ...] = (0,)
+
+    def label(self, pod: str, plan: str) -> str:
+        return f"{pod}/{self.model}/{self.step}/{plan}"
+
+
+def dense(layout: Layout) -> Plan:
+    return make_plan("dense", layout)
+
+
+def mod(layout: Layout) -> Plan:
+    """Half of the layers take an eighth of the tokens; what decides in decoding is trained too."""
+    return make_plan("mod", layout, keep=0.125, gate="predictor")
+
+
+VIT = Task(
+    "vit_b16",
+    "train",
+    vit_config("vit_b16", dtype=jnp.bfloat16, drop_path=0.1),
+    batch=4096,
+    plans={
+        "dense": dense,
+        "diffrate": lambda layout: make_plan("diffrate", layout).with_twin("soft"),
+        "evit": lambda layout: make_plan("evit", layout, keep=0.7),
+        "tome": lambda layout: make_plan("tome", layout, r=13),
+    },
+    meshes={
+        "v5e-256": {"data": 16, "fsdp": 16},
+        "v5p-512": {"data": 32, "fsdp": 8},
+        "v6e-256": {"data": 16, "fsdp": 16},
+    },
+    remat=(0, 12),
 )
+LM = Task(
+    "lm_1b",
+    "train",
+    decoder_config("lm_1b", dtype=jnp.bfloat16),
+    batch=256,
+    plans={"dense": dense, "mod": mod},
+    meshes={"v5e-256": {"data": 8, "fsdp": 8, "tensor": 4}},
+    remat=(20,),
+)
+DECODING = Task(
+    "lm_1b",
+    "decode",
+    decoder_config("lm_1b", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+    batch=256,
+    plans={"dense": dense, "mod": lambda layout: mod(layout).with_twin("causal")},
+    meshes={"v5e-256": {"data": 64, "tensor": 4}},
+)
+TASKS = (VIT, LM, DECODING)
 
 
 def main(argv: Sequence[str]) -> None:
     """Compiles what --only names and writes every row as soon as it is known."""
     parser = Arguments(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON; other rows in it stay")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="of POD/PLAN; all by default")
+    parser.add_argument(
+        "--only", default="*", metavar="GLOB", help="of POD/MODEL/STEP/PLAN; all by default"
+    )
     args, _ = parser.read(argv)
     chosen = choose(args.only)
     leave_devices_alone()
-    config = vit_config("vit_b16", dtype=jnp.bfloat16, drop_path=0.1)
-    for pod, name in chosen:
-        row = compile_row(pod, name, config, BATCH)
+    for pod, task, plan in chosen:
+        row = compile_row(pod, task, plan)
         print(describe(row), flush=True)
         write_row(args.out, row)
 
 
-def choose(glob: str) -> list[tuple[Pod, str]]:
-    """Pods and names of plans. Raises ValueError where the glob fits none."""
-    pairs = {f"{pod.name}/{name}": (pod, name) for pod in PODS for name in PLANS}
-    found = [pair for label, pair in pairs.items() if fnmatch.fnmatch(label, glob)]
+def choose(glob: str) -> list[tuple[str, Task, str]]:
+    """Pods, tasks and names of plans. Raises ValueError where the glob fits none."""
+    known = {
+        task.label(pod, plan): (pod, task, plan)
+        for task in TASKS
+        for pod in task.meshes
+        for plan in task.plans
+    }
+    found = [item for label, item in known.items() if fnmatch.fnmatch(label, glob)]
     if not found:
-        raise ValueError(f"--only={glob!r} fits none of {', '.join(pairs)}; change the glob.")
+        raise ValueError(f"--only={glob!r} fits none of {', '.join(known)}; change the glob.")
     return found
 
 
@@ -109,41 +176,54 @@ def leave_devices_alone() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def compile_row(pod: Pod, name: str, config: ViTConfig, batch: int) -> Row:
-    """The facts of one step; its layers are computed twice (remat) only if it does not fit else."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=pod.topology)
-    mesh = make_mesh(pod.shape, AXES, topology.devices)
-    row: Row = {"pod": pod.name, "plan": name, "topology": pod.topology, "chips": mesh.size}
-    row |= {"mesh": dict(mesh.shape), "batch": batch, "hbm_gb": pod.hbm}
+def compile_row(pod: str, task: Task, name: str, chips: Pod | None = None) -> Row:
+    """The facts of one step. chips: of a pod that `PODS` does not name."""
+    chips, axes = chips or PODS[pod], task.meshes[pod]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chips.topology)
+    mesh = make_mesh(tuple(axes.values()), tuple(axes), topology.devices)
+    row: Row = dict(zip(KEY, (pod, task.model, task.step, name), strict=True))
+    row |= {"topology": chips.topology, "chips": mesh.size, "mesh": dict(axes)}
+    row |= {"batch": task.batch, "hbm_gb": chips.hbm}
     row |= {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    for remat in (0, config.depth):
-        objective = objective_of(PLANS[name](config.layout), remat)
+    plan = task.plans[name](task.config.layout)
+    for remat in task.remat:
         start = time.perf_counter()
         try:
-            step = lower_step(config, objective, mesh, batch).compile(QUICKLY)
+            step = lower_task(task, plan, mesh, remat).compile(QUICKLY)
         except jax.errors.JaxRuntimeError as error:
-            if remat or "RESOURCE_EXHAUSTED" not in str(error):
+            if remat == task.remat[-1] or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             continue
         row |= {"remat": remat, "compile_s": round(time.perf_counter() - start)}
-        row |= facts(step, pod.hbm, abstract_model(config, objective.plan)[1])
+        parts = mesh.shape.get("tensor", 1)
+        row |= facts(step, chips.hbm, abstract_model(task.config, plan)[1], parts)
         if row["fits"]:
             break
     return row
 
 
-def objective_of(plan: Plan, remat: int = 0) -> Objective:
+def lower_task(task: Task, plan: Plan, mesh: Mesh, remat: int) -> Any:
+    """The step of a task, ready to `compile()`."""
+    if task.step == "decode":
+        return lower_decode(task.config, plan, mesh, task.batch)
+    return lower_step(task.config, objective_of(task.config, plan, remat), mesh, task.batch)
+
+
+def objective_of(config: Any, plan: Plan, remat: int = 0) -> Objective:
     """As in the recipes; what learns its rates is also told its MACs."""
+    if isinstance(config, DecoderConfig):
+        return TextObjective(plan, remat=remat)
     weight = 10.0 if plan.twin == "soft" else 0.0
-    return Objective(plan, label_smoothing=0.1, macs_weight=weight, target=0.5, remat=remat)
+    return ImageObjective(plan, label_smoothing=0.1, macs_weight=weight, target=0.5, remat=remat)
 
 
-def abstract_model(config: ViTConfig, plan: Plan) -> tuple[Any, Weights]:
+def abstract_model(config: Any, plan: Plan) -> tuple[Any, Weights]:
     """The skeleton and the shapes of all arrays; nothing is allocated."""
-    return split_model(nnx.eval_shape(lambda: ViT(config, plan=plan, rngs=nnx.Rngs(0))))
+    model = next(f.model for f in FAMILIES.values() if isinstance(config, f.config))
+    return split_model(nnx.eval_shape(lambda: model(config, plan=plan, rngs=nnx.Rngs(0))))
 
 
-def lower_step(config: ViTConfig, objective: Objective, mesh: Mesh, batch: int) -> Any:
+def lower_step(config: Any, objective: Objective, mesh: Mesh, batch: int) -> Any:
     """The train step of all weights on the mesh, ready to `compile()`; nothing is allocated."""
     skeleton, weights = abstract_model(config, objective.plan)
     names = tuple(weights.params)
@@ -151,20 +231,60 @@ def lower_step(config: ViTConfig, objective: Objective, mesh: Mesh, batch: int) 
     controllers = objective.plan.init()
     shapes = jax.eval_shape(lambda w: init_state(w, tx, names, controllers=controllers), weights)
     state, rows = with_places(shapes, mesh), batch_sharding(mesh)
-    images = (batch, *config.image_size, config.channels)
     data = {
-        "image": jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
+        field: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for field, (shape, dtype) in batch_fields(config, batch).items()
     }
     shardings = (jax.tree.map(lambda x: x.sharding, state), rows, replicated(mesh))
     step: Any = make_train_step(skeleton, objective, tx, names, shardings=shardings)
     return step.lower(state, data, {})
 
 
-def facts(step: Any, hbm: int, weights: Weights) -> Row:
-    """Per chip: memory in MiB, whether all of it fits, 10^9 flops; and what chips say."""
+def batch_fields(config: Any, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of every field of a batch."""
+    if isinstance(config, DecoderConfig):
+        types = {field: jnp.int32 for field in TextObjective.fields} | {"weight": jnp.float32}
+        return {field: ((batch, config.context), dtype) for field, dtype in types.items()}
+    images = (batch, *config.image_size, config.channels)
+    return {"image": (images, jnp.float32), "label": ((batch,), jnp.int32)}
+
+
+def lower_decode(config: DecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> Any:
+    """One token of every sequence after those in the cache, the likeliest, ready to `compile()`."""
+    skeleton, weights = abstract_model(config, plan)
+
+    def empty(weights: Weights) -> Any:
+        return skeleton.merge(*weights).make_cache(batch, config.context, plan=plan)
+
+    def step(weights: Weights, ids: Any, cache: Any) -> Any:
+        logits, cache, _ = skeleton.merge(*weights).extend(ids, cache, plan=plan)
+        return logits.argmax(-1).astype(ids.dtype), cache
+
+    cache = jax.eval_shape(empty, weights)
+    places = jax.tree.map(lambda x: cache_sharding(mesh, x.ndim), cache)
+    held = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places
+    )
+    rows = batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=rows)
+    jitted: Any = jax.jit(step, donate_argnums=2, out_shardings=(rows, places))
+    return jitted.lower(with_places(weights, mesh), ids, held)
+
+
+def cache_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of a cache's arrays [B], [B G] and more: sequences and key heads lie apart."""
+    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    heads = ("tensor",) if ndim > 1 and "tensor" in mesh.shape else ()
+    return NamedSharding(mesh, PartitionSpec(rows, *heads))
+
+
+def facts(step: Any, hbm: int, weights: Weights, parts: int = 1) -> Row:
+    """Per chip: memory in MiB, whether all of it fits, 10^9 flops; and what chips say.
+
+    parts: into how many 'tensor' splits the weights.
+    """
     memory, text = step.memory_analysis(), step.as_text()
-    # The state is donated: what comes out lies where it was.
+    # What is donated does not come out anew: it lies where it was.
     held = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     held += memory.output_size_in_bytes + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes
@@ -175,59 +295,8 @@ def facts(step: Any, hbm: int, weights: Weights) -> Row:
         "fits": held <= hbm * 10**9,
         "gflops": round(step.cost_analysis()["flops"] / 1e9, 1),
         "collectives": count_collectives(text),
-        "activation_gathers": count_activation_gathers(text, weights),
+        "activation_gathers": count_activation_gathers(text, weights, parts),
     }
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One of the compiled text. shapes: of what comes out."""
-
-    kind: str
-    shapes: tuple[tuple[int, ...], ...]
-    place: str
-
-
-def count_collectives(text: str) -> dict[str, int]:
-    """How often each of `KINDS` stands in compiled HLO; kinds that are absent are left out."""
-    counts = Counter(found.kind for found in find_collectives(text))
-    return {kind: counts[kind] for kind in KINDS if counts[kind]}
-
-
-def count_activation_gathers(text: str, weights: Weights) -> int:
-    """All-gathers of which a result is as large as none of the parameters."""
-    sizes = {math.prod(x.shape) for x in jax.tree.leaves(weights)}
-    gathers = [found for found in find_collectives(text) if found.kind == "all-gather"]
-    return sum(any(math.prod(shape) not in sizes for shape in g.shapes) for g in gathers)
-
-
-_HEAD = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"\s+(?:ROOT )?%(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
-_SHAPE = re.compile(r"\b[a-z]+\d+\w*\[([\d,]*)\]")
-
-
-def find_collectives(text: str) -> set[Collective]:
-    """The collectives of compiled HLO, asynchronous ones once.
-
-    TPUs write a reduce-scatter as an all-reduce within a computation 'all-reduce-scatter', and an
-    asynchronous collective as parts in several fused computations that share its channel.
-    """
-    computation, found = "", set()
-    for line in text.splitlines():
-        if head := _HEAD.match(line):
-            computation = head[1]
-        elif match := _COLLECTIVE.match(line):
-            name, result, kind, start, rest = match.groups()
-            shapes = [tuple(map(int, s.split(","))) if s else () for s in _SHAPE.findall(result)]
-            shapes = (
-                shapes[len(shapes) // 2 :] if start else shapes
-            )  # a start gives its operands too
-            channel = re.search(r"channel_id=\d+", rest)
-            fused = re.match(r"async_collective|fused_computation", computation)
-            place = channel[0] if fused and channel else name
-            kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
-            found.add(Collective(kind, tuple(shapes), place))
-    return found
 
 
 def describe(row: Row) -> str:
@@ -235,8 +304,8 @@ def describe(row: Row) -> str:
     talk = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
     mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
     return (
-        f"{row['pod']:8} {row['plan']:9} {row['chips']} chips ({mesh})  per chip: arguments "
-        f"{row['arguments_mib']} MiB, temp {row['temp_mib']} MiB, "
+        f"{' '.join(row[field] for field in KEY)}: {row['chips']} chips ({mesh})  per chip: "
+        f"arguments {row['arguments_mib']} MiB, temp {row['temp_mib']} MiB, "
         f"{'fits' if row['fits'] else 'DOES NOT FIT'} {row['hbm_gb']} GB"
         f"{' with remat' if row['remat'] else ''}, {row['gflops']} GFLOP  {talk}"
         f"  (compiled in {row['compile_s']} s)"
@@ -244,9 +313,9 @@ def describe(row: Row) -> str:
 
 
 def write_row(path: Path, row: Row) -> None:
-    """The row into the list at `path`, instead of an earlier one of this pod and plan."""
+    """The row into the list at `path`, instead of an earlier one of the same `KEY`."""
     rows = json.loads(path.read_text()) if path.exists() else []
-    key = lambda r: (r["pod"], r["plan"])  # noqa: E731
+    key = lambda r: tuple(r[field] for field in KEY)  # noqa: E731
     rows = sorted([row, *(r for r in rows if key(r) != key(row))], key=key)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")

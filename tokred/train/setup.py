@@ -11,14 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tokred.methods import diffrate, get_method, make_plan
-from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Layout, Plan
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config, from_json, model_config
+from tokred.train.families import Family, find_family, objective_fields
 from tokred.train.loop import Stage
 from tokred.train.losses import Objective, Teacher
 from tokred.train.mesh import RULES, Rules, make_mesh, replicated, with_places
-from tokred.train.mixing import Mixing
 from tokred.train.processes import to_host
 from tokred.train.state import (
     Arrays,
@@ -42,18 +41,28 @@ class Setup:
     """
 
     config: Config
-    model: ViTConfig
+    model: Any
     mesh: Mesh
     rules: Rules
     skeleton: Skeleton
     shapes: Weights
     stages: tuple[Stage, ...]
-    build: Callable[[], ViT]
+    build: Callable[[], Any]
     frozen: dict[str, Arrays] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         return self.model.layout
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens an example has, where the model's config does not say."""
+        return self.config.data.get("length")
+
+    def objective(self, plan: Plan) -> Objective:
+        """What the task minimises and measures, under a plan and without a teacher."""
+        family = find_family(self.config.task)
+        return family.objective(plan, **objective_fields(self.config))
 
     def init(self) -> Weights:
         """Fresh weights, born in place."""
@@ -94,8 +103,10 @@ def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     stages = make_stages(config, model.layout, teacher)
     plan = stages[-1].objective.plan
 
-    def build() -> ViT:
-        return ViT(model, plan=plan, rngs=nnx.Rngs(config.seed))
+    family: Family = find_family(config.task)
+
+    def build() -> Any:
+        return family.build(model, plan, config.seed)
 
     skeleton, shapes = split_model(nnx.eval_shape(build))
     shapes = with_places(shapes, mesh, rules)
@@ -144,15 +155,14 @@ def read_teacher(
 def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
     train, rates, loss = config.train, config.rates, config.loss
-    plan = soft_plan(train.method, layout, dict(train.options))
-    shared = {"label_smoothing": loss.label_smoothing, "aux_weight": loss.aux_weight}
-    mixing = Mixing(loss.mixup, loss.cutmix, loss.mix_share, loss.mix_switch)
-    shared["mixing"] = mixing
+    plan = training_plan(train.method, layout, dict(train.options))
+    shared = {**objective_fields(config), "aux_weight": loss.aux_weight}
+    make_objective = find_family(config.task).objective
     optimizer = dict(config.optimizer)
     accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
-    learned = plan.twin == "soft"
+    learned = get_method(train.method).learned
     everything = "" if learned else WEIGHTS
-    objective = Objective(plan, **shared, teacher=teacher, remat=train.remat)
+    objective = make_objective(plan, **shared, teacher=teacher, remat=train.remat)
     stages = []
     if train.steps:
         stages = [Stage("train", objective, train.steps, everything, optimizer, accumulate, ema)]
@@ -162,8 +172,8 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
                 f"config.train.method={train.method!r} is learned and so is "
                 f"config.rates.method={rates.method!r}; set config.rates.steps=0 or train densely."
             )
-        objective = Objective(
-            soft_plan(rates.method, layout, dict(rates.options)),
+        objective = make_objective(
+            training_plan(rates.method, layout, dict(rates.options)),
             **shared,
             macs_weight=rates.weight,
             target=rates.target,
@@ -179,10 +189,10 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
     return tuple(stages)
 
 
-def soft_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:
-    """The plan to train under: the soft twin where the method has one."""
-    plan = make_plan(method, layout, **options)
-    return plan.with_twin("soft") if get_method(method).learned else plan
+def training_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:
+    """The plan to train under: where the method learns, the twin that it trains."""
+    plan, about = make_plan(method, layout, **options), get_method(method)
+    return plan.with_twin(about.trains) if about.learned else plan
 
 
 def learned_plan(setup: Setup, params: Arrays, stage: int = -1) -> Plan | None:

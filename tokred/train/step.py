@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from tokred.plan import Layout, Plan
+from tokred.plan import Layout
 from tokred.report import Call, Report
 from tokred.train.losses import Objective
-from tokred.train.metrics import batch_sums
 from tokred.train.optimizer import ema_decay, update_ema
 from tokred.train.state import Arrays, Skeleton, State, Weights
 
@@ -35,7 +34,7 @@ def make_train_step(
 ) -> TrainStep:
     """(state, batch, frozen) -> (state, metrics); the given state is consumed.
 
-    batch: 'image' [B Y X C], 'label' [B]. frozen: {'params', 'rest'} of the objective's teacher,
+    batch: the objective's `fields`. frozen: {'params', 'rest'} of the objective's teacher,
     {} without one. Draws come from state['key'] and state['step'], so a resumed run draws what an
     uninterrupted one draws. Gradients exist for `trainable` alone.
 
@@ -64,7 +63,7 @@ def make_train_step(
         updates, opt = tx.update(gradients, state["opt"], learned)
         fresh: Any = optax.apply_updates(learned, updates)
         decay = ema_decay(ema, state["step"])
-        fault = state["fault"] | find_faults(metrics["loss"], norm, batch["image"])
+        fault = state["fault"] | find_faults(metrics["loss"], norm, objective.finite(batch))
         new = {
             "params": {**state["params"], **fresh},
             "ema": update_ema(state["ema"], fresh, decay) if state["ema"] else {},
@@ -87,9 +86,9 @@ def make_train_step(
     )
 
 
-def find_faults(loss: Array, norm: Array, images: Array) -> Int[Array, ""]:
-    """A bit of `FAULTS` for each that is not finite."""
-    bad = jnp.stack([~jnp.isfinite(loss), ~jnp.isfinite(norm), ~jnp.isfinite(images).all()])
+def find_faults(loss: Array, norm: Array, fed: Array) -> Int[Array, ""]:
+    """A bit of `FAULTS` for each that is not finite; fed: whether the batch is."""
+    bad = jnp.stack([~jnp.isfinite(loss), ~jnp.isfinite(norm), ~fed])
     return (bad * 2 ** jnp.arange(len(FAULTS))).sum().astype(jnp.int32)
 
 
@@ -123,26 +122,29 @@ def in_parts(
 
 
 def make_forward(
-    skeleton: Skeleton, plan: Plan, take: Callable[[Float[Array, "B C"], Report], Any]
-) -> Callable[[Weights, Array, Any], Any]:
-    """(weights, images, key) -> take(logits, report), jitted; key may be None."""
+    skeleton: Skeleton, objective: Objective, take: Callable[[Array, Report], Any]
+) -> Callable[[Weights, Batch, Any], Any]:
+    """(weights, batch, key) -> take(logits, report) under the objective's plan, jitted; key may be
+    None."""
 
     @jax.jit
-    def forward(weights: Weights, images: Array, key: Any) -> Any:
-        return take(*skeleton.merge(*weights)(images, plan=plan, call=Call(key=key)))
+    def forward(weights: Weights, batch: Batch, key: Any) -> Any:
+        inputs = objective.inputs(batch)
+        return take(*objective.run(skeleton.merge(*weights), inputs, Call(key=key)))
 
     return forward
 
 
 def make_eval_step(
-    skeleton: Skeleton, plan: Plan, layout: Layout
+    skeleton: Skeleton, objective: Objective, layout: Layout
 ) -> Callable[[Weights, Batch, Any], dict[str, Array]]:
-    """(weights, batch, key) -> sums over the valid rows; see `metrics.batch_sums`."""
+    """(weights, batch, key) -> sums over the valid rows under the objective's plan; see
+    `Objective.sums`."""
 
     @jax.jit
     def eval_step(weights: Weights, batch: Batch, key: Any) -> dict[str, Array]:
         model = skeleton.merge(*weights)
-        logits, report = model(batch["image"], plan=plan, call=Call(key=key))
-        return batch_sums(logits, report.sources, batch, layout)
+        logits, report = objective.run(model, objective.inputs(batch), Call(key=key))
+        return objective.sums(logits, report, batch, layout)
 
     return eval_step

@@ -7,8 +7,20 @@
 Pictures need matplotlib (pip install "tokred[train]"), which is imported when the first is drawn.
 """
 
+from tokred.viz.curves import plot_curves
 from tokred.viz.kept import paint_tokens, plot_tokens
 from tokred.viz.pareto import plot_pareto
+from tokred.viz.routing import plot_routing, routing_html, routing_text, write_routing
 from tokred.viz.table import format_table
 
-__all__ = ["format_table", "paint_tokens", "plot_pareto", "plot_tokens"]
+__all__ = [
+    "format_table",
+    "paint_tokens",
+    "plot_curves",
+    "plot_pareto",
+    "plot_routing",
+    "plot_tokens",
+    "routing_html",
+    "routing_text",
+    "write_routing",
+]

@@ -9,10 +9,20 @@ Row = Mapping[str, Any]
 FIELDS = {
     "accuracy": ("accuracy %", 100, 1),
     "recall": ("recall %", 100, 1),
+    "loss": ("loss", 1, 4),
+    "bits_per_byte": ("bits/byte", 1, 4),
+    "causal_bits_per_byte": ("causal bits/byte", 1, 4),
+    "agreement": ("gate agrees %", 100, 1),
+    "params": ("params M", 1e-6, 2),
+    "steps": ("steps", 1, 0),
+    "train_macs": ("training TMACs", 1e-12, 2),
     "macs": ("MMACs", 1e-6, 2),
     "macs_ratio": ("MACs ratio", 1, 3),
     "ms": ("ms", 1, 2),
     "ms_ratio": ("ms ratio", 1, 3),
+    "step_ms": ("ms/step", 1, 1),
+    "decode_ms_1": ("ms/token b1", 1, 2),
+    "decode_ms_16": ("ms/token b16", 1, 2),
 }
 NOTHING = "–"
 
@@ -20,14 +30,15 @@ NOTHING = "–"
 def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """One line per method, in order of first appearance, numbers aligned to the right.
 
-    rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy' and
-    'recall' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio'. columns: which fields, in which
-    order; default all. Seeds become mean ± half the range, where they differ; None becomes '–'.
+    rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy',
+    'recall' and 'agreement' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio' and others of
+    `FIELDS`. columns: which fields, in which order; default all that the rows have. Seeds become mean ± half the range, where they differ; None becomes '–'.
 
     Raises:
       ValueError: no rows, an unknown column, a missing field, or None for some seeds only.
     """
-    columns = tuple(FIELDS if columns is None else columns)
+    if columns is None:
+        columns = [name for name in FIELDS if any(name in row for row in rows)]
     for name in columns:
         if name not in FIELDS:
             raise ValueError(

@@ -1,0 +1,10 @@
+"""A dense decoder on bytes: the Python standard library's sources, which need no network.
+
+python train.py --config=configs/lm_bytes_dense.py --workdir=runs/lm_bytes_dense
+"""
+
+from tokred.train.config import Config, bytes_config, finish
+
+
+def get_config(arg: str = "") -> Config:
+    return finish(bytes_config(), arg)

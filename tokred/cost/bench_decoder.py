@@ -1,0 +1,187 @@
+"""Decoders under plans beside the dense one: forward pass, gradient, and decoding step by step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from tokred.cost.bench import RATIOS, Candidate, Row, choose_plans, split, time_rows
+from tokred.cost.compiled import compile_cost
+from tokred.cost.decoding import decode_rows
+from tokred.cost.macs import macs
+from tokred.models import Decoder, DecoderConfig
+from tokred.plan import AROUND, Plan
+from tokred.report import Call
+
+PLAIN = "dense, plain attention"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is timed beside the forward pass; static.
+
+    train: the loss of the next token and its gradient to every parameter, with what reductions add
+    to the loss, without an optimizer. decode: `steps` tokens one by one, the last of so many, with
+    the cache of all before them, each entering a layer with probability `share`.
+    """
+
+    train: bool = False
+    decode: bool = False
+    steps: int = 32
+    share: float = 0.125
+
+
+FORWARD = Passes()
+
+
+def bench_decoder(
+    config: DecoderConfig,
+    methods: Sequence[str],
+    *,
+    tokens: int = 1024,
+    batch: int = 8,
+    rounds: int = 10,
+    keep: float | None = None,
+    ratio: float | None = None,
+    passes: Passes = FORWARD,
+    best_dense: bool = False,
+    seed: int = 0,
+) -> list[Row]:
+    """One row per pass and method, the dense model first, all with the same random weights.
+
+    'forward' and 'train' run the packed twin on sequences of `tokens` ids; 'decode' the causal one,
+    'decode, skip' leaves out a layer that no row of the batch enters. All rows of a pass take turns.
+    keep, ratio: as in `bench`. Ratios are to the dense model with the same attention; best_dense:
+    to the faster of that and the dense model with plain attention.
+    Row: pass, method, macs (one example's forward pass, or one token), macs_ratio, ms (median of a
+    batch, or of one token of each row), ms_ratio, ms_low, ms_high, compile_s, compile_ratio,
+    temp_bytes; when decoding, None else: share (of layers entered where there is a choice),
+    cache_bytes (all slots), used_bytes (slots with an entry).
+
+    Raises:
+      ValueError: an unknown method or one that does not fit a decoder, a budget out of its reach,
+        more tokens than the context, or more steps than tokens.
+    """
+    _check(config, tokens, passes)
+    config = dataclasses.replace(config, context=tokens)
+    plans = choose_plans(config, methods, keep, ratio)
+    for name, plan in plans.items():
+        _check_fit(name, plan, config, passes.decode)
+    model, key = Decoder(config, rngs=nnx.Rngs(seed)), jax.random.key(seed)
+    models = {name: (model, plan) for name, plan in plans.items()}
+    whole = dict(models)
+    if best_dense:
+        plain = Decoder(dataclasses.replace(config, attention="reference"), rngs=nnx.Rngs(seed))
+        whole[PLAIN] = plain, plans["dense"]
+    ids = jax.random.randint(key, (batch, tokens + 1), 0, config.vocab)
+    rows = _whole_rows("forward", forward, whole, ids, key, rounds)
+    if passes.train:
+        rows += _whole_rows("train", gradient, whole, ids, key, rounds)
+    if passes.decode:
+        steps, share = passes.steps, passes.share
+        rows += decode_rows(models, tokens, batch, steps, share, key, rounds)
+    return _with_ratios(rows)
+
+
+def forward(model: Decoder, plan: Plan) -> tuple[Callable[..., Array], Any, Any]:
+    """(f, params, rest): f(params, rest, ids [B N+1], key) gives the logits [B N vocab]."""
+    run, params, rest = _run(model, plan)
+    return lambda params, rest, ids, key: run(params, rest, ids, key)[0], params, rest
+
+
+def gradient(model: Decoder, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
+    """(f, params, rest): f(params, rest, ids [B N+1], key) gives the loss and its gradient."""
+    run, params, rest = _run(model, plan)
+
+    def loss(params: Any, rest: Any, ids: Array, key: Array) -> Array:
+        logits, report = run(params, rest, ids, key, train=True)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+        return nats.mean() + sum(report.losses.values())
+
+    return jax.value_and_grad(loss), params, rest
+
+
+def _run(model: Decoder, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
+    merge, params, rest = split(model, plan)
+
+    def run(params: Any, rest: Any, ids: Array, key: Array, train: bool = False) -> Any:
+        model, modules = merge(params, rest)
+        ids = ids[:, :-1]
+        extra = {"generated": jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)}
+        call = Call(modules=modules, key=key, train=train)
+        return model(ids, plan=plan, call=call, extra=extra)
+
+    return run, params, rest
+
+
+def _whole_rows(
+    kind: str,
+    make: Callable[..., Any],
+    models: Mapping[str, tuple[Decoder, Plan]],
+    ids: Array,
+    key: Array,
+    rounds: int,
+) -> list[Row]:
+    """Rows of a pass over whole sequences."""
+    candidates, counts = {}, {}
+    for name, (model, plan) in models.items():
+        f, *state = make(model, plan)
+        args = (*state, ids, key)
+        cost = compile_cost(f, *args)
+        candidates[name] = Candidate(cost, lambda cost=cost, args=args: cost.run(*args))
+        counts[name] = macs(model.config, plan)
+    rows = time_rows(candidates, rounds, warmup=1)
+    empty = {"share": None, "cache_bytes": None, "used_bytes": None}
+    return [
+        {"pass": kind, "method": name, "macs": counts[name], **row, **empty}
+        for name, row in rows.items()
+    ]
+
+
+def _with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Every row beside the faster of the dense ones of its pass; skipping changes no pass."""
+    whole = lambda row: row["pass"].split(",")[0]  # noqa: E731
+    base: dict[str, Row] = {}
+    for row in rows:
+        if row["method"] in ("dense", PLAIN):
+            base[whole(row)] = min(row, base.get(whole(row), row), key=lambda r: r["ms"])
+    return [
+        row | {ratio: row[field] / base[whole(row)][field] for ratio, field in RATIOS.items()}
+        for row in rows
+    ]
+
+
+def _check(config: DecoderConfig, tokens: int, passes: Passes) -> None:
+    if not 2 <= tokens <= config.context:
+        raise ValueError(
+            f"bench_decoder: tokens={tokens} must lie in [2, {config.context}], the model's context; "
+            "change tokens or choose another model."
+        )
+    if passes.decode and not 1 <= passes.steps < tokens:
+        raise ValueError(
+            f"bench_decoder: steps={passes.steps} must lie in [1, {tokens - 1}], so that the first finds a "
+            "cache; change steps or tokens."
+        )
+    if not 0 <= passes.share <= 1:
+        raise ValueError(f"bench_decoder: share={passes.share} must lie in [0, 1]; change share.")
+
+
+def _check_fit(name: str, plan: Plan, config: DecoderConfig, decode: bool) -> None:
+    left = plan.counts(config.layout)[-1].out
+    if left != config.context:
+        raise ValueError(
+            f"bench_decoder: method {name!r} leaves {left} of {config.context} tokens, and a decoder's loss "
+            "needs all of them; choose a method that routes tokens around layers, such as 'mod'."
+        )
+    decides = all(r.decides for site, r in plan.steps if site.kind in AROUND)
+    if decode and not decides:
+        raise ValueError(
+            f"bench_decoder: method {name!r} has no tokens that decide alone; leave out decode or choose "
+            "another method."
+        )

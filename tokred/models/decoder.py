@@ -1,0 +1,337 @@
+"""Decoders (Llama, Qwen, Gemma, Mistral) whose blocks offer every site."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from tokred.cache import KVCache, make_cache
+from tokred.models.sizes import DECODERS
+from tokred.nn.decoder_block import ACTIVATIONS, BlockShape, DecoderBlock
+from tokred.nn.layers import Layers
+from tokred.nn.norm import RMSNorm
+from tokred.plan import AROUND, Layout, Plan, nearest
+from tokred.report import Call, Report, make_report, reduce_model
+from tokred.tokens import Tokens, make_tokens
+
+DENSE = Plan()
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that shapes a decoder; all fields are static.
+
+    context: positions it may use. kv_heads: shared by heads / kv_heads query heads each; None for
+    as many. head_dim: None for width / heads. hidden: of the gated MLP, None for 8/3 width in
+    multiples of 64. window: how many places back a query sees, None for all; in every layer but
+    each `global_every`-th. tie: the output reads the embedding table. logit_cap, attention_cap:
+    bound logits c as cap tanh(c / cap). scale_embed: embeddings times sqrt(width). Other fields:
+    see `BlockShape`. scan: see `Layers`.
+    """
+
+    vocab: int = 259
+    width: int = 512
+    depth: int = 8
+    heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    context: int = 2048
+    activation: str = "silu"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norm: bool = False
+    window: int | None = None
+    global_every: int = 0
+    tie: bool = True
+    logit_cap: float | None = None
+    attention_cap: float | None = None
+    scale_embed: bool = False
+    experts: int = 0
+    experts_per_token: int = 2
+    scan: bool = False
+    attention: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "kv_heads": self.heads,
+            "head_dim": self.width // self.heads,
+            "hidden": -(-8 * self.width // 3 // 64) * 64,
+        }
+        for field, value in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        self._check()
+
+    def _check(self) -> None:
+        if self.heads % self.groups:
+            raise ValueError(
+                f"DecoderConfig: heads={self.heads} must be a multiple of kv_heads={self.groups}; "
+                "change one of the two."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"DecoderConfig: activation={self.activation!r} must be one of {ACTIVATIONS}"
+                f"{nearest(self.activation, ACTIVATIONS)}"
+            )
+        if self.shape(0).head_dim % 2:
+            raise ValueError(
+                f"DecoderConfig: head_dim={self.head_dim} must be even for rotary positions; "
+                "change width, heads or head_dim."
+            )
+
+    @property
+    def groups(self) -> int:
+        """G, the number of key heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def layout(self) -> Layout:
+        """What plans may know of this model, with a full context of tokens."""
+        return self.layout_of(self.context)
+
+    def layout_of(self, tokens: int) -> Layout:
+        """The same for sequences of another length."""
+        return Layout(
+            depth=self.depth,
+            tokens=tokens,
+            prefix=0,
+            grid=(1, tokens),
+            class_token=False,
+            width=self.width,
+            heads=self.heads,
+        )
+
+    @property
+    def projection_macs(self) -> tuple[int, int, int]:
+        """Of one token's query, key and value."""
+        shape = self.shape(0)
+        small = self.width * shape.kv_heads * shape.head_dim
+        return self.pair_macs * self.width, small, small
+
+    @property
+    def pair_macs(self) -> int:
+        """Of one query's logits or values with one key, all heads."""
+        return self.heads * self.shape(0).head_dim
+
+    def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
+        """Of one layer, at these token counts; attention as if every query saw every key."""
+        projections = projected * sum(self.projection_macs)
+        out = queries * self.pair_macs * self.width
+        attended = 2 * queries * keys * self.pair_macs
+        experts = self.experts_per_token if self.experts else 1
+        feed = 3 * experts * self.width * self.shape(0).hidden + self.experts * self.width
+        return projections + out + attended + mlp * feed
+
+    def outer_macs(self, tokens: Any) -> Any:
+        """Of the logits of so many tokens."""
+        return tokens * self.width * self.vocab
+
+    def shape(self, layer: int) -> BlockShape:
+        """Of one layer's block."""
+        same = {f.name for f in dataclasses.fields(BlockShape)} & {
+            f.name for f in dataclasses.fields(self)
+        }
+        fields = {name: getattr(self, name) for name in same}
+        far = self.global_every and (layer + 1) % self.global_every == 0
+        return BlockShape(**{
+            **fields,
+            "window": None if far else self.window,
+            "implementation": self.attention,
+        })  # fmt: skip
+
+
+def decoder_config(name: str, **changes: Any) -> DecoderConfig:
+    """A size by name, such as 'lm_10m', 'lm_1b', 'llama3_8b': see `sizes.DECODERS`.
+
+    changes: fields of DecoderConfig. Raises ValueError for an unknown size or field.
+    """
+    if name not in DECODERS:
+        raise ValueError(
+            f"model {name!r} is unknown; sizes are {sorted(DECODERS)}{nearest(name, DECODERS)}"
+        )
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)}
+    for field in changes:
+        if field not in fields:
+            raise ValueError(f"DecoderConfig has no field {field!r}{nearest(field, fields)}")
+    return DecoderConfig(**{**DECODERS[name], **changes})
+
+
+class Decoder(nnx.Module):
+    """ids [B N] -> (logits [B N vocab], Report), under any Plan.
+
+    plan: only its learned reductions matter here; their modules become `reductions`.
+    """
+
+    def __init__(self, config: DecoderConfig, *, plan: Plan = DENSE, rngs: nnx.Rngs):
+        self.config = config
+        c, kinds = config, {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.embed = nnx.Embed(
+            c.vocab, c.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
+        )
+        self.blocks = nnx.List(DecoderBlock(c.shape(i), rngs=rngs) for i in range(c.depth))
+        self.norm = RMSNorm(c.width, epsilon=c.norm_eps, offset=c.norm_offset, **kinds)
+        self.head = None if c.tie else nnx.Linear(
+            c.width, c.vocab, use_bias=False, rngs=rngs, **kinds
+        )  # fmt: skip
+        self.reductions = nnx.Dict(plan.build(c.layout, rngs))
+
+    def __call__(
+        self,
+        ids: Int[Array, "B N"],
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Bool[Array, "B N"] | None = None,
+        position: Num[Array, "B N"] | None = None,
+        document: Int[Array, "B N"] | None = None,
+        extra: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B N vocab"], Report]:
+        """valid: which tokens are real (None: all), padding on either side. position: of each token
+        (None: counted over the valid ones); document: tokens of different ones do not see each
+        other. extra: per-token arrays [B N ...] that reductions read by name. Static: plan.
+
+        Raises:
+          ValueError: a sequence longer than the context, or a plan that does not fit the model.
+          TypeError: ids that are no integers.
+        """
+        check_ids(ids, self.config, plan)
+        place = _positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
+        tokens = self.tokens(ids, valid, place, document, extra)
+        tokens, report, _ = self.decode(tokens, plan=plan, call=call)
+        return self.logits(tokens), report
+
+    def extend(
+        self,
+        ids: Int[Array, "B N"],
+        cache: KVCache,
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Bool[Array, "B N"] | None = None,
+        extra: dict[str, Array] | None = None,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B N vocab"], KVCache, Report]:
+        """Prefill, or N more tokens: they follow those that `cache` has seen.
+
+        fresh: the cache is empty, so that the tokens need not look at its slots; static. Other
+        arguments and errors as in a call.
+        """
+        check_ids(ids, self.config, plan)
+        place = _positions(ids, valid, None, cache.seen)
+        tokens = self.tokens(ids, valid, place, None, extra)
+        tokens, report, cache = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
+        more = ids.shape[1] if valid is None else valid.sum(-1)
+        cache = dataclasses.replace(cache, seen=(cache.seen + more).astype(jnp.int32))
+        return self.logits(tokens), cache, report
+
+    def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
+        """An empty cache for sequences of up to `length` tokens; layers that tokens may skip hold
+        as many slots as their reduction asks for (`Reduction.cached`)."""
+        c = self.config
+        slots = [
+            min([length, *(r.cached(length) for kind in AROUND for _, r in plan.at(kind, layer)
+                           if kind != "around_mlp")])
+            for layer in range(c.depth)
+        ]  # fmt: skip
+        head_dim = c.shape(0).head_dim
+        return make_cache(batch, c.groups, slots, head_dim, c.dtype or c.param_dtype)
+
+    def tokens(
+        self,
+        ids: Int[Array, "B N"],
+        valid: Bool[Array, "B N"] | None,
+        position: Num[Array, "B N"],
+        document: Int[Array, "B N"] | None = None,
+        extra: dict[str, Array] | None = None,
+    ) -> Tokens:
+        """Embedded tokens at their positions."""
+        x = self.embed(ids)
+        if self.config.scale_embed:
+            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
+        place = [position] if document is None else [position, document]
+        place = jnp.stack([p.astype(jnp.float32) for p in place], -1)
+        return make_tokens(x, valid=valid, position=place, extra=extra or {})
+
+    def decode(
+        self,
+        tokens: Tokens,
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        cache: KVCache | None = None,
+        fresh: bool = False,
+    ) -> tuple[Tokens, Report, KVCache | None]:
+        """All layers and the final norm; the Report tells what the plan did."""
+        c, call = self.config, call or Call()
+        counts = plan.counts(c.layout_of(tokens.n))
+        call = dataclasses.replace(call, modules={**self.reductions, **call.modules})
+        tokens, first = reduce_model(plan, "input", tokens, call)
+        caches = None if cache is None else cache.layers
+        ran = Layers(self.blocks, scan=c.scan)(
+            tokens, plan, call, counts, caches=caches, fresh=fresh
+        )
+        tokens = ran.tokens.replace(x=self.norm(ran.tokens.x))
+        tokens, last = reduce_model(plan, "output", tokens, call)
+        report = make_report(tokens, first + ran.records + last, ran.sources, counts)
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=ran.caches)
+        return tokens, report, cache
+
+    def logits(self, tokens: Tokens) -> Float[Array, "B N vocab"]:
+        """Of the next token after each, in float32."""
+        y = self.embed.attend(tokens.x) if self.head is None else self.head(tokens.x)
+        y, cap = y.astype(jnp.float32), self.config.logit_cap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+def _positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
+    if position is not None:
+        return position
+    ones = jnp.ones(ids.shape, jnp.int32) if valid is None else valid.astype(jnp.int32)
+    return seen[:, None] + jnp.cumsum(ones, axis=-1) - 1
+
+
+def check_ids(ids: Any, config: DecoderConfig, plan: Plan) -> None:
+    """Raises where ids do not fit the model, or (concrete ones only) lie outside the vocabulary."""
+    if ids.ndim != 2:
+        raise ValueError(f"ids: expected shape (B, N), got {ids.shape}; add or remove axes.")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids: expected integers, got {ids.dtype}; tokenise the text first.")
+    if ids.shape[1] > config.context:
+        raise ValueError(
+            f"ids: {ids.shape[1]} tokens are more than the context of {config.context}; shorten "
+            "the prompt or raise DecoderConfig.context."
+        )
+    _check_sharding(ids, plan)
+    if isinstance(ids, Tracer) or not ids.size:
+        return
+    low, high = int(np.asarray(ids).min()), int(np.asarray(ids).max())
+    if low < 0 or high >= config.vocab:
+        raise ValueError(
+            f"ids: found {low if low < 0 else high} outside the vocabulary of {config.vocab}; "
+            "raise DecoderConfig.vocab or check the tokenizer."
+        )
+
+
+def _check_sharding(ids: Any, plan: Plan) -> None:
+    routed = any(site.kind in AROUND for site, _ in plan.steps)
+    spec = getattr(getattr(jax.typeof(ids), "sharding", None), "spec", ())
+    if not isinstance(ids, Tracer):
+        spec = getattr(getattr(ids, "sharding", None), "spec", spec)
+    if routed and len(spec) > 1 and spec[1] is not None:
+        raise ValueError(
+            f"ids: the sequence axis is sharded over {spec[1]!r}, and plan {plan.name!r} compares "
+            "all tokens of a sequence; shard the batch instead."
+        )

@@ -1,0 +1,97 @@
+"""What is minimised and measured on text: the next token."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tokred.plan import Layout
+from tokred.report import Call, Report
+from tokred.train.losses import Batch, Objective, Parts
+
+
+class Sequences(NamedTuple):
+    """What a decoder reads of a batch: position -1 is padding, document may be None."""
+
+    ids: Int[Array, "B N"]
+    valid: Any
+    position: Int[Array, "B N"]
+    document: Any
+
+
+def next_token_loss(
+    logits: Float[Array, "B N V"], target: Int[Array, "B N"]
+) -> Float[Array, "B N"]:
+    """Cross entropy of every token in nats. Gradient: to logits."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, target)
+
+
+@dataclass(frozen=True)
+class TextObjective(Objective):
+    """Next tokens: 'input', 'target', 'weight', 'position', 'document' [B N], see `data.packing`.
+
+    padded: rows may end in padding; documents: rows may hold several documents. Static, so that
+    what is not needed costs nothing. Reductions find the position as extra 'generated'.
+    """
+
+    padded: bool = False
+    documents: bool = True
+
+    fields: ClassVar[tuple[str, ...]] = ("input", "target", "weight", "position", "document")
+
+    def prepare(
+        self, model: Any, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Sequences, tuple[Array, Array]]:
+        return self.inputs(batch), (batch["target"], batch["weight"])
+
+    def inputs(self, batch: Batch) -> Sequences:
+        position = batch["position"]
+        valid = position >= 0 if self.padded else None
+        document = batch["document"] if self.documents else None
+        return Sequences(batch["input"], valid, position, document)
+
+    def run(self, model: Any, inputs: Sequences, call: Call) -> tuple[Array, Report]:
+        return model(
+            inputs.ids,
+            plan=self.plan,
+            call=call,
+            valid=inputs.valid,
+            position=inputs.position,
+            document=inputs.document,
+            extra={"generated": inputs.position},
+        )
+
+    def fit(self, logits: Array, targets: tuple[Array, Array]) -> Float[Array, ""]:
+        target, weight = targets
+        loss = next_token_loss(logits, target) * weight
+        return loss.sum() / jnp.maximum(weight.sum(), 1.0)
+
+    def tokens(self, inputs: Sequences) -> int:
+        return inputs.ids.shape[1]
+
+    def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
+        valid = batch.get("valid", jnp.ones(len(logits), bool))
+        weight = batch["weight"] * valid[:, None]
+        count = weight.sum()
+        right = logits.argmax(-1) == batch["target"]
+        sums = {
+            "count": count,
+            "correct": (weight * right).sum(),
+            "loss": (weight * next_token_loss(logits, batch["target"])).sum(),
+        }
+        agree = [aux["agreement"] for aux in report.aux.values() if "agreement" in aux]
+        return sums | ({"agreement": count * jnp.stack(agree).mean()} if agree else {})
+
+    def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
+        """loss in nats per token; agreement: of gates with the choice they were trained on."""
+        agreement = share.get("agreement")
+        return {"accuracy": share["correct"], "loss": share["loss"], "agreement": agreement}
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """From nats per token."""
+    return loss / math.log(2) / bytes_per_token
