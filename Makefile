@@ -21,7 +21,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or multiprocess or tpu_compile or notebook or pretrained"
 
-# Compiles train steps for TPU pods; needs no TPU, but twenty minutes of two cores. Apart from
+# Compiles steps for TPU pods; needs no TPU, but half an hour of two cores. Apart from
 # .venv, where libtpu would complain in every run that there is no TPU.
 tpu:
 	$(PYTHON) -m venv .venv-tpu

@@ -57,7 +57,7 @@ def tiny(monkeypatch):
 
 
 def test_bench_of_a_decoder(capsys, tiny):
-    how = ["--train", "--decode", "--steps", "2", "--keep", "0.5", "--json"]
+    how = ["--train", "--remat", "--decode", "--steps", "2", "--keep", "0.5", "--json"]
     assert main(["bench", *DECODER, *how]) == 0
     result = json.loads(capsys.readouterr().out)
     passes = ["forward"] * 2 + ["train"] * 2 + ["decode"] * 2 + ["decode, skip"]

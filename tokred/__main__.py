@@ -39,7 +39,8 @@ MEGA = ("macs", "temp_bytes", "cache_bytes", "used_bytes")
 # What only one kind of model takes, with its defaults.
 IMAGE_ONLY = {"image_size": 224}
 TEXT_ONLY = {
-    "tokens": 1024, "train": False, "decode": False, "steps": 32, "share": None, "best_dense": False
+    "tokens": 1024, "train": False, "remat": False, "decode": False, "steps": 32, "share": None,
+    "best_dense": False,
 }  # fmt: skip
 METHOD_FIELDS = (
     "method", "family", "site", "training", "needs", "count", "twins", "golden", "paper", "summary"
@@ -93,6 +94,8 @@ def _add_text_arguments(text: argparse._ArgumentGroup) -> None:
     flag = {"action": "store_true", "default": None}
     text.add_argument("--tokens", type=_positive, help="of a sequence, default 1024")
     text.add_argument("--train", **flag, help="time the loss and its gradient too")
+    remat = "train in little memory: scanned layers that compute activations again"
+    text.add_argument("--remat", **flag, help=remat)
     text.add_argument("--decode", **flag, help="time decoding, token by token, too")
     text.add_argument("--steps", type=_positive, help="tokens decoded per call, default 32")
     share = "of layers that decoded tokens enter by chance, default: --keep or 0.125"
@@ -153,7 +156,7 @@ def _bench_decoder(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]
         rounds=args.rounds,
         keep=args.keep,
         ratio=args.macs,
-        passes=Passes(args.train, args.decode, args.steps, args.share),
+        passes=Passes(args.train, args.decode, args.steps, args.share, args.remat),
         best_dense=args.best_dense,
     )
     path = "packed twin forward and train (loss and gradient, no optimizer)"

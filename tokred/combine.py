@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokred.maps import Keep, TokenMap
-from tokred.ops.gather import aligned
+from tokred.ops.gather import aligned, put
 
 RULES = ("residual", "mlp_branch", "scale_all")
 
@@ -51,16 +51,17 @@ class Combine:
         after: Float[Array, "*B K D"],
         map_: TokenMap | None,
     ) -> Float[Array, "*B N D"]:
-        """All tokens after the layer; before, after: those that entered it. No map: all did.
+        """All tokens after the layer; before, after: those that entered it.
 
-        Tokens that entered merged add their update to each member.
+        Where all did (no map), or tokens that had been merged (their update is then that of each
+        member), the update is added to `fill`.
         """
         y = self._weighed(before, after)
         fill = x if self.fill is None else self.fill.astype(x.dtype)
-        if map_ is None:
-            return y
         if isinstance(map_, Keep):
-            return map_.restore(y, fill)
+            return _written(fill, y, map_)
+        if map_ is None:
+            return y if self.fill is None else fill + (y - before)
         return fill + map_.restore(y - before)
 
     def _weighed(self, before: Array, after: Array) -> Array:
@@ -70,3 +71,10 @@ class Combine:
         if self.rule == "scale_all":
             return weight * after
         return before + weight * (after - before)
+
+
+def _written(fill: Array, y: Array, map_: Keep) -> Array:
+    """map_.restore(y, fill), whose gradient adds up all N rows, where this one moves K."""
+    slots = jax.lax.broadcasted_iota(jnp.int32, map_.index.shape, len(map_.batch))
+    index = map_.index if map_.valid is None else jnp.where(map_.valid, map_.index, map_.n + slots)
+    return put(fill.astype(y.dtype), index, y, axis=y.ndim - 2)

@@ -121,7 +121,7 @@ def test_the_gradient_is_of_the_whole_loss(model):
     "methods, changes, sentence",
     [
         (["mood"], {}, "unknown; did you mean 'mod'"),
-        (["tome"], {}, "'tome' leaves 4 of 16 tokens"),
+        (["tome"], {}, r"'tome' leaves \d+ of 16 tokens"),
         (["evit"], {}, "needs a class token"),
         (["mod"], {"tokens": 17}, r"tokens=17 must lie in \[2, 16\]"),
         (["mod"], {"passes": Passes(decode=True, steps=16)}, "steps=16 must lie in"),
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(methods, changes, sentence):
 def test_a_method_without_own_decisions_does_not_decode(monkeypatch):
     cls = type(PLAN.steps[0][1])
     monkeypatch.setattr(cls, "decides", property(lambda self: False))
-    with pytest.raises(ValueError, match="no tokens that decide alone"):
+    with pytest.raises(ValueError, match="lets no token decide alone"):
         bench_decoder(CONFIG, ["mod"], tokens=16, passes=Passes(decode=True, steps=4))
 
 

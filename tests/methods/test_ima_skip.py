@@ -93,7 +93,7 @@ def test_phases_by_hand(setting):
     ids=["prefill", "decode", "perception"],
 )
 def test_decoding_in_phases(setting, prefill):
-    around.check_decoding(setting, prefill, told=True, skip=setting is not PERCEPTION)
+    around.check_decoding(setting, prefill, told=True)
 
 
 def test_a_skipped_attention_holds_no_keys():

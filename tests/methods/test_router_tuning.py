@@ -82,7 +82,7 @@ def test_padding_changes_nothing():
     around.check_padding(TIGHT)
 
 
-@pytest.mark.parametrize("site", ["around", "around_attention"])
+@pytest.mark.parametrize("site", ["around", "around_attention", "around_mlp"])
 def test_decoding(site):
     around.check_decoding(SETTINGS[site])
 

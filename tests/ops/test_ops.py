@@ -17,6 +17,7 @@ from tokred.ops import (
     attention_probs,
     attention_rows,
     gather,
+    put,
     segment_max,
     segment_sum,
     top_k,
@@ -65,6 +66,23 @@ def test_moving_agrees_with_its_reference(op, shape, axis, lead):
     else:
         call = lambda name, x: segment_max(x, target, K, axis=axis, implementation=name)  # noqa: E731
         agree(call, [None, "scatter"], x)
+
+
+@pytest.mark.parametrize(("shape", "axis", "lead"), LAYOUTS)
+def test_putting_is_restoring(shape, axis, lead):
+    lead = lead if isinstance(lead, tuple) else (lead,)
+    rng = np.random.default_rng(0)
+    x, rows = normal(1, *shape), normal(2, *shape[:axis], K, *shape[axis + 1 :])
+    index = jnp.asarray(rng.random((*lead, N)).argsort(-1)[..., :K], jnp.int32)
+    valid = jnp.asarray(rng.random((*lead, K)) < 0.6)
+    outside = jnp.where(valid, index, N + jnp.broadcast_to(jnp.arange(K), index.shape))
+
+    def call(name, x, rows):
+        if name == "reference":
+            return Keep(index, N, valid).restore(rows, x, axis=axis)
+        return put(x, outside, rows, axis=axis)
+
+    agree(call, [None], x, rows)
 
 
 @pytest.mark.parametrize("name", ["scatter", "one_hot"])
@@ -231,6 +249,7 @@ def local_calls():
     return {
         "top_k": (lambda x, _: top_k(x, K), x[..., 0], index),
         "gather": (lambda x, i: gather(x, i, axis=1), x, index),
+        "put": (lambda x, i: put(x, i, 2 * x[:, :K], axis=1), x, index),
         "segment_sum": (lambda x, t: segment_sum(x, t, K, axis=1), x, target),
         "segment_max": (lambda x, t: segment_max(x, t, K, axis=1), x, target),
         "move_keep": (lambda x, i: moved(x, Keep(i, N)), x, index),

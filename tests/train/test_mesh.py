@@ -1,12 +1,18 @@
 """Meshes, rules over paths, and sentences for those that do not fit."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
+from tokred.methods import make_plan
+from tokred.models.decoder import Decoder, DecoderConfig
 from tokred.train.mesh import (
+    AXES,
     batch_sharding,
     check_batch,
     make_mesh,
@@ -15,6 +21,7 @@ from tokred.train.mesh import (
     shard_of,
     to_mesh,
 )
+from tokred.train.state import split_model
 
 TREE = {
     "params": {
@@ -59,6 +66,24 @@ def test_arrays_without_a_rule_are_reported():
     with pytest.warns(UserWarning, match=r"fits 1 arrays such as 'router/weight'.*mesh\.rules"):
         places = place_by_rules({"router/weight": jnp.zeros(3), "step": jnp.zeros(())}, mesh)
     assert places["router/weight"].is_fully_replicated
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_array_of_a_decoder_has_its_rule(experts, tie):
+    config = DecoderConfig(
+        vocab=64, width=32, heads=4, depth=2, qkv_bias=True, qk_norm=True, post_norm=True,
+        tie=tie, experts=experts,
+    )  # fmt: skip
+    plan = make_plan("mod", config.layout, gate="predictor")
+    model = nnx.eval_shape(lambda: Decoder(config, plan=plan, rngs=nnx.Rngs(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        places = place_by_rules(split_model(model)[1].params, make_mesh((2, 2, 2), AXES))
+    mlp = "blocks/0/mlp/up" if experts else "blocks/0/mlp/up/kernel"
+    assert places[mlp].spec == PartitionSpec(*[None] * bool(experts), "fsdp", "tensor")
+    # Were words split by 'fsdp' in their width, so would be activations, and not by example.
+    assert places["embed/embedding"].spec == PartitionSpec("tensor")
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,40 @@
-"""What the TPU compiler said of the pods, and of a small model if it is installed."""
+"""What the TPU compiler said of the pods, and of small models if it is installed."""
 
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
+from tokred.models.decoder import DecoderConfig
 from tokred.models.vit import ViTConfig
 from tokred.train import pods
+from tokred.train.collectives import (
+    count_activation_gathers,
+    count_collectives,
+    find_collectives,
+)
 from tokred.train.state import Weights
 
 KEPT = Path(__file__).parents[2] / "docs" / "pods.json"
-SMALL = ViTConfig(
-    image_size=(128, 128), patch=(16, 16), width=256, depth=4, heads=4, dtype=jnp.bfloat16
+FEW = pods.Pod("v5e:2x4", 16)
+SPLIT = {"few": {"data": 2, "fsdp": 2, "tensor": 2}}
+IMAGES = pods.Task(
+    "vit",
+    "train",
+    ViTConfig(
+        image_size=(128, 128), patch=(16, 16), width=256, depth=4, heads=4, dtype=jnp.bfloat16
+    ),
+    batch=512,
+    plans=pods.VIT.plans,
+    meshes={"few": {"data": 4, "fsdp": 2}},
 )
+WORDS = DecoderConfig(
+    vocab=512, width=256, depth=2, heads=4, kv_heads=2, context=128, dtype=jnp.bfloat16
+)
+TEXT = pods.Task("lm", "train", WORDS, 32, pods.LM.plans, SPLIT, remat=(2,))
+TOKEN = pods.Task("lm", "decode", WORDS, 32, pods.DECODING.plans, {"few": {"data": 4, "tensor": 2}})
 HLO = """
 %all-reduce-scatter.1 (a: bf16[8,6]) -> bf16[4,6] {
   ROOT %all-reduce.1 = bf16[8,6]{1,0:T(8,128)(2,1)} all-reduce(%a), channel_id=1, to_apply=%add
@@ -39,53 +58,75 @@ def rows() -> list[pods.Row]:
     return json.loads(KEPT.read_text())
 
 
-def test_every_pod_and_plan_is_kept_and_fits(rows: list[pods.Row]):
-    kept = [(row["pod"], row["plan"]) for row in rows]
-    assert kept == sorted((pod.name, plan) for pod in pods.PODS for plan in pods.PLANS)
+def test_every_task_is_kept_and_fits(rows: list[pods.Row]):
+    kept = [tuple(row[field] for field in pods.KEY) for row in rows]
+    wanted = [(pod, task.model, task.step, plan) for pod, task, plan in pods.choose("*")]
+    assert kept == sorted(wanted)
     assert all(row["fits"] and row["chips"] == 256 for row in rows)
-    assert {(row["batch"], row["remat"]) for row in rows} == {(4096, 0)}
+    for row in rows:
+        task = next(t for t in pods.TASKS if (t.model, t.step) == (row["model"], row["step"]))
+        assert (row["batch"], row["remat"]) == (task.batch, task.remat[0])
+        assert row["mesh"] == task.meshes[row["pod"]]
 
 
-@pytest.mark.parametrize("pod", [pod.name for pod in pods.PODS])
+def of(rows: list[pods.Row], pod: str, task: pods.Task) -> dict[str, pods.Row]:
+    where = (pod, task.model, task.step)
+    return {row["plan"]: row for row in rows if (row["pod"], row["model"], row["step"]) == where}
+
+
+@pytest.mark.parametrize("pod", pods.VIT.meshes)
 def test_on_a_pod_reductions_talk_as_the_dense_model_does(rows: list[pods.Row], pod: str):
-    talk = {row["plan"]: row for row in rows if row["pod"] == pod}
+    talk = of(rows, pod, pods.VIT)
     for row in talk.values():
         assert set(row["collectives"]) == set(talk["dense"]["collectives"])
         assert row["activation_gathers"] == 0
     assert set(talk["dense"]["collectives"]) == {"all-gather", "all-reduce", "reduce-scatter"}
 
 
+@pytest.mark.parametrize("task", [pods.LM, pods.DECODING], ids=lambda task: task.step)
+def test_on_a_pod_routing_adds_no_collective(rows: list[pods.Row], task: pods.Task):
+    routed, dense = (of(rows, "v5e-256", task)[plan] for plan in ("mod", "dense"))
+    assert routed["collectives"] == dense["collectives"]
+    assert routed["activation_gathers"] == dense["activation_gathers"]
+
+
 def test_reductions_count_less_and_hold_less(rows: list[pods.Row]):
-    for pod in pods.PODS:
-        row = {row["plan"]: row for row in rows if row["pod"] == pod.name}
+    for pod in pods.VIT.meshes:
+        row = of(rows, pod, pods.VIT)
         for plan in ("evit", "tome"):
             assert row[plan]["gflops"] < 0.75 * row["dense"]["gflops"]
             assert row[plan]["temp_mib"] < row["dense"]["temp_mib"]
+    row = of(rows, "v5e-256", pods.LM)
+    assert row["mod"]["gflops"] < 0.75 * row["dense"]["gflops"]
 
 
 def test_collectives_are_counted_once():
-    counts = pods.count_collectives(HLO)
+    counts = count_collectives(HLO)
     assert counts == {"all-gather": 2, "all-reduce": 1, "reduce-scatter": 1}
-    shapes = {found.shapes for found in pods.find_collectives(HLO)}
+    shapes = {found.shapes for found in find_collectives(HLO)}
     assert shapes == {((8, 6),), ((6,),), ((), (6,))}
 
 
 def test_a_gather_of_no_weight_is_found():
     kernel, bias = jnp.zeros((2, 24)), jnp.zeros(6)
-    assert pods.count_activation_gathers(HLO, Weights({"kernel": kernel, "bias": bias}, {})) == 0
-    assert pods.count_activation_gathers(HLO, Weights({"kernel": kernel}, {})) == 1
+    assert count_activation_gathers(HLO, Weights({"kernel": kernel, "bias": bias}, {})) == 0
+    assert count_activation_gathers(HLO, Weights({"kernel": kernel}, {})) == 1
+    double = Weights({"kernel": kernel, "wide": jnp.zeros(12)}, {})
+    assert count_activation_gathers(HLO, double, parts=2) == 0
 
 
 def test_rows_replace_their_elders(tmp_path: Path):
     path = tmp_path / "new" / "pods.json"
     for pod, plan, value in (("b", "x", 1), ("a", "y", 2), ("b", "x", 3)):
-        pods.write_row(path, {"pod": pod, "plan": plan, "value": value})
+        row = {"pod": pod, "model": "m", "step": "train", "plan": plan, "value": value}
+        pods.write_row(path, row)
     assert [row["value"] for row in json.loads(path.read_text())] == [2, 3]
 
 
 def test_a_glob_that_fits_nothing_is_told_what_there_is():
-    assert [name for _, name in pods.choose("v5e-256/*")] == list(pods.PLANS)
-    with pytest.raises(ValueError, match=r"--only='v9' fits none of v5e-256/dense.*change"):
+    chosen = [name for _, _, name in pods.choose("v5e-256/vit_b16/*")]
+    assert chosen == list(pods.VIT.plans)
+    with pytest.raises(ValueError, match=r"--only='v9' fits none of v5e-256/vit_b16/train/dense"):
         pods.choose("v9")
 
 
@@ -95,14 +136,25 @@ def test_without_the_compiler_one_sentence_names_the_cure(monkeypatch: pytest.Mo
         pods.main(["--out=never.json"])
 
 
-@pytest.mark.tpu_compile
-def test_the_tpu_compiler_adds_no_kind_of_collective():
+def compiled(task: pods.Task) -> dict[str, pods.Row]:
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed; run `make tpu`")
     pods.leave_devices_alone()
-    pod = pods.Pod("v5e-8", "v5e:2x4", (4, 2), 16)
-    rows: dict[str, Any] = {
-        name: pods.compile_row(pod, name, SMALL, batch=512) for name in pods.PLANS
-    }
+    rows = {name: pods.compile_row("few", task, name, FEW) for name in task.plans}
+    assert all(row["fits"] for row in rows.values())
+    return rows
+
+
+@pytest.mark.tpu_compile
+def test_the_tpu_compiler_adds_no_kind_of_collective():
+    rows = compiled(IMAGES)
     for row in rows.values():
-        assert row["fits"] and row["activation_gathers"] == 0
+        assert row["activation_gathers"] == 0
         assert set(row["collectives"]) == set(rows["dense"]["collectives"])
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("task", [TEXT, TOKEN], ids=lambda task: task.step)
+def test_for_the_tpu_compiler_routing_adds_no_collective(task: pods.Task):
+    rows = compiled(task)
+    assert rows["mod"]["activation_gathers"] == rows["dense"]["activation_gathers"]
+    assert set(rows["mod"]["collectives"]) == set(rows["dense"]["collectives"])

@@ -194,7 +194,7 @@ def test_from_the_first_fault_on_the_state_stays():
 def test_a_gradient_alone_can_be_at_fault():
     """sqrt has a finite value and an infinite slope at 0."""
 
-    class Steep(Objective):
+    class Steep(ImageObjective):
         def __call__(self, model, rows, key, controllers, frozen):
             loss, rest = super().__call__(model, rows, key, controllers, frozen)
             return loss + jnp.sqrt(0.0 * model.head.kernel[...].sum() ** 2), rest

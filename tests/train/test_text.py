@@ -43,7 +43,8 @@ def test_the_loss_is_the_mean_over_weighted_tokens_alone():
     wanted = (each[0, 0] + each[0, 1] + each[1, 3]) / 3
     found = objective.fit(logits, (batch["target"], batch["weight"]))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    sums = objective.sums(logits, report, {**batch, "valid": jnp.array([True, False])}, None)
+    first = {**batch, "valid": jnp.array([True, False])}
+    sums = objective.sums(logits, report, first, CONFIG.layout)
     assert float(sums["count"]) == 2
     np.testing.assert_allclose(sums["loss"], each[0, 0] + each[0, 1], rtol=1e-5)
 

@@ -113,8 +113,8 @@ def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], Any]:
 
 
 def split(model: Any, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
-    """(merge, parameters, the rest): merge(parameters, rest) gives the model and the plan's modules,
-    which have random weights."""
+    """(merge, parameters, the rest): merge(parameters, rest) gives the model and the plan's
+    modules, which have random weights."""
     modules = nnx.Dict(plan.build(model.config.layout, nnx.Rngs(0)))
     graph, params, rest = nnx.split((model, modules), nnx.Param, ...)
     return lambda params, rest: nnx.merge(graph, params, rest), params, rest

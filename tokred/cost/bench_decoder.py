@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,14 +28,16 @@ class Passes:
     """What is timed beside the forward pass; static.
 
     train: the loss of the next token and its gradient to every parameter, with what reductions add
-    to the loss, without an optimizer. decode: `steps` tokens one by one, the last of so many, with
-    the cache of all before them, each entering a layer with probability `share`.
+    to the loss, without an optimizer; remat: in little memory, equal layers as one scanned body
+    that computes its activations again. decode: `steps` tokens one by one, the last of so many,
+    with the cache of all before them, each entering a layer with probability `share`.
     """
 
     train: bool = False
     decode: bool = False
     steps: int = 32
     share: float = 0.125
+    remat: bool = False
 
 
 FORWARD = Passes()
@@ -55,10 +58,10 @@ def bench_decoder(
 ) -> list[Row]:
     """One row per pass and method, the dense model first, all with the same random weights.
 
-    'forward' and 'train' run the packed twin on sequences of `tokens` ids; 'decode' the causal one,
-    'decode, skip' leaves out a layer that no row of the batch enters. All rows of a pass take turns.
-    keep, ratio: as in `bench`. Ratios are to the dense model with the same attention; best_dense:
-    to the faster of that and the dense model with plain attention.
+    'forward' and 'train' run the packed twin on sequences of `tokens` ids; 'decode' runs the causal
+    one, 'decode, skip' leaves out a layer that no row of the batch enters. All rows of a pass take
+    turns. keep, ratio: as in `bench`. Ratios are to the dense model with the same attention;
+    best_dense: to the faster of that and the dense model with plain attention.
     Row: pass, method, macs (one example's forward pass, or one token), macs_ratio, ms (median of a
     batch, or of one token of each row), ms_ratio, ms_low, ms_high, compile_s, compile_ratio,
     temp_bytes; when decoding, None else: share (of layers entered where there is a choice),
@@ -73,20 +76,33 @@ def bench_decoder(
     plans = choose_plans(config, methods, keep, ratio)
     for name, plan in plans.items():
         _check_fit(name, plan, config, passes.decode)
-    model, key = Decoder(config, rngs=nnx.Rngs(seed)), jax.random.key(seed)
-    models = {name: (model, plan) for name, plan in plans.items()}
-    whole = dict(models)
-    if best_dense:
-        plain = Decoder(dataclasses.replace(config, attention="reference"), rngs=nnx.Rngs(seed))
-        whole[PLAIN] = plain, plans["dense"]
+    models, key = _models(config, plans, best_dense, seed), jax.random.key(seed)
     ids = jax.random.randint(key, (batch, tokens + 1), 0, config.vocab)
-    rows = _whole_rows("forward", forward, whole, ids, key, rounds)
+    rows = _whole_rows("forward", forward, models, ids, key, rounds)
     if passes.train:
-        rows += _whole_rows("train", gradient, whole, ids, key, rounds)
+        trained, make = models, gradient
+        if passes.remat:
+            scanned = dataclasses.replace(config, scan=True)
+            trained = _models(scanned, plans, best_dense, seed)
+            make = partial(gradient, remat=config.depth)
+        rows += _whole_rows("train", make, trained, ids, key, rounds)
     if passes.decode:
         steps, share = passes.steps, passes.share
+        models.pop(PLAIN, None)
         rows += decode_rows(models, tokens, batch, steps, share, key, rounds)
     return _with_ratios(rows)
+
+
+def _models(
+    config: DecoderConfig, plans: Mapping[str, Plan], plain: bool, seed: int
+) -> dict[str, tuple[Decoder, Plan]]:
+    """Model and plan of every row of a pass; plain: one with plain attention too."""
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    models = {name: (model, plan) for name, plan in plans.items()}
+    if plain:
+        config = dataclasses.replace(config, attention="reference")
+        models[PLAIN] = Decoder(config, rngs=nnx.Rngs(seed)), plans["dense"]
+    return models
 
 
 def forward(model: Decoder, plan: Plan) -> tuple[Callable[..., Array], Any, Any]:
@@ -95,26 +111,28 @@ def forward(model: Decoder, plan: Plan) -> tuple[Callable[..., Array], Any, Any]
     return lambda params, rest, ids, key: run(params, rest, ids, key)[0], params, rest
 
 
-def gradient(model: Decoder, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
-    """(f, params, rest): f(params, rest, ids [B N+1], key) gives the loss and its gradient."""
-    run, params, rest = _run(model, plan)
+def gradient(model: Decoder, plan: Plan, remat: int = 0) -> tuple[Callable[..., Any], Any, Any]:
+    """(f, params, rest): f(params, rest, ids [B N+1], key) gives the loss and its gradient.
+
+    remat: how many layers compute their activations again."""
+    run, params, rest = _run(model, plan, train=True, remat=remat)
 
     def loss(params: Any, rest: Any, ids: Array, key: Array) -> Array:
-        logits, report = run(params, rest, ids, key, train=True)
+        logits, report = run(params, rest, ids, key)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
         return nats.mean() + sum(report.losses.values())
 
     return jax.value_and_grad(loss), params, rest
 
 
-def _run(model: Decoder, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
+def _run(model: Decoder, plan: Plan, **how: Any) -> tuple[Callable[..., Any], Any, Any]:
     merge, params, rest = split(model, plan)
 
-    def run(params: Any, rest: Any, ids: Array, key: Array, train: bool = False) -> Any:
+    def run(params: Any, rest: Any, ids: Array, key: Array) -> Any:
         model, modules = merge(params, rest)
         ids = ids[:, :-1]
         extra = {"generated": jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)}
-        call = Call(modules=modules, key=key, train=train)
+        call = Call(modules=modules, key=key, **how)
         return model(ids, plan=plan, call=call, extra=extra)
 
     return run, params, rest
@@ -160,13 +178,13 @@ def _with_ratios(rows: Sequence[Row]) -> list[Row]:
 def _check(config: DecoderConfig, tokens: int, passes: Passes) -> None:
     if not 2 <= tokens <= config.context:
         raise ValueError(
-            f"bench_decoder: tokens={tokens} must lie in [2, {config.context}], the model's context; "
-            "change tokens or choose another model."
+            f"bench_decoder: tokens={tokens} must lie in [2, {config.context}], the model's "
+            "context; change tokens or choose another model."
         )
     if passes.decode and not 1 <= passes.steps < tokens:
         raise ValueError(
-            f"bench_decoder: steps={passes.steps} must lie in [1, {tokens - 1}], so that the first finds a "
-            "cache; change steps or tokens."
+            f"bench_decoder: steps={passes.steps} must lie in [1, {tokens - 1}], so that the "
+            "first finds a cache; change steps or tokens."
         )
     if not 0 <= passes.share <= 1:
         raise ValueError(f"bench_decoder: share={passes.share} must lie in [0, 1]; change share.")
@@ -176,12 +194,13 @@ def _check_fit(name: str, plan: Plan, config: DecoderConfig, decode: bool) -> No
     left = plan.counts(config.layout)[-1].out
     if left != config.context:
         raise ValueError(
-            f"bench_decoder: method {name!r} leaves {left} of {config.context} tokens, and a decoder's loss "
-            "needs all of them; choose a method that routes tokens around layers, such as 'mod'."
+            f"bench_decoder: method {name!r} leaves {left} of {config.context} tokens, and a "
+            "decoder's loss needs all of them; choose a method that routes tokens around "
+            "layers, such as 'mod'."
         )
     decides = all(r.decides for site, r in plan.steps if site.kind in AROUND)
     if decode and not decides:
         raise ValueError(
-            f"bench_decoder: method {name!r} has no tokens that decide alone; leave out decode or choose "
-            "another method."
+            f"bench_decoder: method {name!r} lets no token decide alone; leave out decode or "
+            "choose another method."
         )

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from tokred.cache import KVCache
 from tokred.cost.bench import Candidate, Row, split, time_rows
 from tokred.cost.compiled import Compiled, compile_cost
+from tokred.maps import Keep
 from tokred.models import Decoder, DecoderConfig
 from tokred.plan import AROUND, Ask, Layout, Plan, Reduction, Site
 from tokred.report import Call
@@ -54,9 +55,9 @@ class Drawn(Reduction):
     def macs(self, n: int, layout: Layout) -> int:
         return self.inner.macs(n, layout)
 
-    def __call__(self, tokens, evidence, state=None, *, key=None, **how):
+    def __call__(self, tokens, evidence, state=None, *, key: Any = None, **how):
         reduced, map_, state, aux = self.inner(tokens, evidence, state, key=key, **how)
-        if map_ is None or map_.k != map_.n:
+        if not isinstance(map_, Keep) or map_.k != map_.n:
             return reduced, map_, state, aux
         draws = jax.random.bernoulli(key, self.share, map_.index.shape)
         map_ = dataclasses.replace(map_, valid=draws)
@@ -161,7 +162,7 @@ def decode_steps(
             return (ids, cache), (ids[:, 0], entered)
 
         cache = fill(cache, tokens - steps, entries)
-        ids = jnp.zeros(cache.seen.shape + (1,), jnp.int32)
+        ids = jnp.zeros((*cache.seen.shape, 1), jnp.int32)
         (_, cache), (ids, entered) = jax.lax.scan(step, (ids, cache), jnp.arange(steps))
         return cache, ids, jax.tree.map(jnp.mean, entered)
 

@@ -92,7 +92,7 @@ def expected_macs(
     return 1.0 * (expected + _reductions(config, packed, _whole(config, packed, layout), layout))
 
 
-def _aux(aux: Mapping[str, Mapping[str, Array]], site: Site, plan: Plan) -> Mapping[str, Array]:
+def _aux(aux: Mapping[str, Any], site: Site, plan: Plan) -> Mapping[str, Any]:
     if site.name not in aux:
         raise ValueError(
             f"expected_macs: the report has no aux of {site.name!r}, which plan {plan.name!r} "

@@ -17,12 +17,12 @@ class Timing(NamedTuple):
 
 
 def time_rounds(
-    functions: Mapping[str, Callable[[], Any]],
+    functions: Mapping[Any, Callable[[], Any]],
     rounds: int = 10,
     warmup: int = 2,
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
+) -> dict[Any, Timing]:
     """Every function once per round, a, b, c, a, b, c, ..., so that drift hits all alike.
 
     Waits for results. seconds: start no further round after this long, but run at least one.
@@ -38,7 +38,7 @@ def time_rounds(
     for _ in range(warmup):
         for f in functions.values():
             jax.block_until_ready(f())
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    taken: dict[Any, list[float]] = {name: [] for name in functions}
     start = clock()
     for done in range(rounds):
         if done and seconds is not None and clock() - start >= seconds:

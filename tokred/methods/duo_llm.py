@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tokred.combine import Combine
 from tokred.gates import GumbelChoice
-from tokred.maps import Assign
 from tokred.methods import routing
 from tokred.methods.registry import register
 from tokred.nn.routers import DuoMlp
@@ -136,9 +135,7 @@ def _weighed(
     """Everything computed: x + big weight MLP(x) + small weight small(x)."""
     small = duo.small(x) * chosen[..., SMALL, None]
     fill = tokens.x + small.astype(tokens.x.dtype)
-    # A map of groups of one, whose updates are added to `fill`.
-    slots = jnp.broadcast_to(jnp.arange(tokens.n, dtype=jnp.int32), (*tokens.batch, tokens.n))
-    return tokens, Assign(slots, tokens.n), {"combine": Combine(chosen[..., BIG], fill)}
+    return tokens, None, {"combine": Combine(chosen[..., BIG], fill)}
 
 
 def _routed(

@@ -111,8 +111,8 @@ class MCMoE(Reduction):
     """Between attention and a mixture of experts: no token leaves, some take fewer experts.
 
     beta, tau_low, tau_high: see `prune_experts`; kind: see `token_importance`, which counts only
-    among several tokens. Training-free; the masked experts run, so that nothing is saved until they
-    are packed. top_k: experts per token of the model.
+    among the tokens of a prompt; causal: decisions by beta alone. Training-free; all experts run,
+    so that nothing is saved until they are packed. top_k: experts per token of the model.
     """
 
     beta: float
@@ -131,12 +131,20 @@ class MCMoE(Reduction):
         return n
 
     def __call__(
-        self, tokens: Tokens, evidence: Mapping[str, Array], state: Any = None, **_: Any
+        self,
+        tokens: Tokens,
+        evidence: Mapping[str, Array],
+        state: Any = None,
+        *,
+        module: Any = None,
+        key: Any = None,
+        train: bool = False,
+        twin: str = "packed",
     ) -> tuple[Tokens, None, Any, dict[str, Array]]:
         weight, expert = route(evidence[LOGITS.name], self.top_k)
         x, received = evidence[NORMED.name], evidence.get(RECEIVED.name)
         importance = None
-        if tokens.n > 1:
+        if tokens.n > 1 and twin != "causal":
             importance = token_importance(x, received, kind=self.kind, valid=tokens.valid)
         limits = {"beta": self.beta, "tau_low": self.tau_low, "tau_high": self.tau_high}
         weight = prune_experts(weight, importance, valid=tokens.valid, **limits)

@@ -126,12 +126,14 @@ class DecoderConfig:
         return self.heads * self.shape(0).head_dim
 
     def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
-        """Of one layer, at these token counts; attention as if every query saw every key."""
+        """Of one layer, at these token counts, as they are computed: every query with every key,
+        every token by all experts."""
         projections = projected * sum(self.projection_macs)
         out = queries * self.pair_macs * self.width
         attended = 2 * queries * keys * self.pair_macs
-        experts = self.experts_per_token if self.experts else 1
-        feed = 3 * experts * self.width * self.shape(0).hidden + self.experts * self.width
+        feed = (
+            3 * max(self.experts, 1) * self.width * self.shape(0).hidden + self.experts * self.width
+        )
         return projections + out + attended + mlp * feed
 
     def outer_macs(self, tokens: Any) -> Any:

@@ -32,7 +32,9 @@ DECODERS: dict[str, dict[str, Any]] = {
         576, 30, 9, kv_heads=3, hidden=1536, vocab=49_152, context=8192, rope_theta=100_000.0,
         norm_eps=1e-5,
     ),
-    "llama2_7b": _lm(4096, 32, 32, hidden=11_008, vocab=32_000, context=4096, norm_eps=1e-5, tie=False),
+    "llama2_7b": _lm(
+        4096, 32, 32, hidden=11_008, vocab=32_000, context=4096, norm_eps=1e-5, tie=False
+    ),
     "llama3_8b": _lm(4096, 32, 32, hidden=14_336, context=8192, tie=False, **_LLAMA3),
     "mistral_7b": _lm(
         4096, 32, 32, kv_heads=8, hidden=14_336, vocab=32_000, context=32_768, window=4096,
@@ -43,7 +45,9 @@ DECODERS: dict[str, dict[str, Any]] = {
         norm_eps=1e-5, tie=False, experts=8,
     ),
     "qwen2_0.5b": _lm(896, 24, 14, kv_heads=2, hidden=4864, **_QWEN2),
-    "qwen2_7b": _lm(3584, 28, 28, kv_heads=4, hidden=18_944, tie=False, **{**_QWEN2, "vocab": 152_064}),
+    "qwen2_7b": _lm(
+        3584, 28, 28, kv_heads=4, hidden=18_944, tie=False, **{**_QWEN2, "vocab": 152_064}
+    ),
     "gemma_2b": _lm(2048, 18, 8, kv_heads=1, hidden=16_384, **_GEMMA),
     "gemma2_2b": _lm(
         2304, 26, 8, kv_heads=4, hidden=9216, post_norm=True, window=4096, global_every=2,

@@ -114,7 +114,7 @@ class ViTConfig:
     @property
     def projection_macs(self) -> tuple[int, int, int]:
         """Of one token's query, key and value."""
-        return (self.width**2,) * 3
+        return self.width**2, self.width**2, self.width**2
 
     @property
     def pair_macs(self) -> int:

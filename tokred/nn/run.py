@@ -99,7 +99,8 @@ class Here:
                 f"Ask for layer {layer}: the model has {len(self.blocks)} layers; lower Ask.layer."
             )
         block = self.blocks[layer]
-        return Seen(*block.project(tokens), tokens.x, tokens, **block.evidence(tokens))
+        q, k, v = block.project(tokens)
+        return Seen(q, k, v, tokens.x, tokens, **block.evidence(tokens))
 
     def path(self, update: Array, branch: int) -> Array:
         """Stochastic depth of one branch."""
@@ -144,9 +145,10 @@ def _around(here: Here, kind: str, tokens: Tokens, inner: Callable[[Here, Tokens
     reduced, records = here.reduce(kind, tokens)
     if not records:
         return inner(here, tokens)
-    if len(records) > 1:
+    first, *more = records
+    if more:
         raise ValueError(f"Plan: one reduction at most can stand at {kind}_{here.layer}.")
-    map_, combine = records[0].map, records[0].aux.get("combine", Combine())
+    map_, combine = first.map, first.aux.get("combine", Combine())
     inside = dataclasses.replace(here, mlp_weight=combine.mlp_weight)
     out = _maybe(inside, reduced, map_, inner)
     x = combine.put_back(tokens.x, reduced.x, out.tokens.x, map_)
@@ -210,4 +212,4 @@ def _mlp(here: Here, tokens: Tokens) -> Ran:
     update = here.path(feed(tokens.x), 1)
     if here.mlp_weight is not None:
         update = update * here.mlp_weight[..., None].astype(update.dtype)
-    return Ran(tokens.replace(x=tokens.x + update, extra=extra), (), tokens.sources(), None)
+    return Ran(tokens.replace(x=tokens.x + update, extra=extra), (), tokens.sources(), here.cache)

@@ -11,7 +11,7 @@ from tokred.ops.attention import (
     cached_attention,
     position_mask,
 )
-from tokred.ops.gather import gather
+from tokred.ops.gather import gather, put
 from tokred.ops.segment import segment_max, segment_sum
 from tokred.ops.topk import top_k
 
@@ -23,6 +23,7 @@ __all__ = [
     "cached_attention",
     "gather",
     "position_mask",
+    "put",
     "segment_max",
     "segment_sum",
     "top_k",

@@ -52,7 +52,7 @@ def attention(
 
 
 def position_mask(
-    queries: Num[Array, "*B N C"], keys: Num[Array, "*B M C"], window: int | None = None
+    queries: Num[Array, "*#B N C"], keys: Num[Array, "*#B M C"], window: int | None = None
 ) -> Bool[Array, "*B N M"]:
     """Which keys a query may see: those not after it, and of its own document where positions have
     a second coordinate. window: at most so many places back, its own included; static."""
@@ -122,7 +122,7 @@ def _fused(
         bias = bias.astype(q.dtype) if implementation == "cudnn" else bias
     args = (q, k, v, bias, None if mask is None else mask[..., None, :, :])
     if q.ndim == 3:
-        return run(*[None if a is None else a[None] for a in args])[0]
+        return jax.tree.map(lambda y: y[0], run(*jax.tree.map(lambda a: a[None], args)))
     for _ in range(q.ndim - 4):
         run = jax.vmap(run)
     return run(*args)

@@ -1,4 +1,4 @@
-"""Rows by index along one axis, per example."""
+"""Rows read and written by index along one axis, per example."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,28 @@ def gather(
     """
     table = {"take": _take, "one_hot": _one_hot, "reference": _reference}
     return choose("gather", implementation, table, "take")(x, index, axis)
+
+
+def put(
+    x: Shaped[Array, "..."],
+    index: Int[Array, "*I K"],
+    rows: Shaped[Array, "..."],
+    *,
+    axis: int,
+) -> Shaped[Array, "..."]:
+    """`x` with `rows` at the distinct `index` along `axis`; what lies outside is not written.
+
+    Shapes: x [*L N *T], index [*I K] with *I broadcasting to the end of *L, rows [*L K *T].
+    Gradient: to `x` and `rows`, without any sum, unlike that of a gather.
+    """
+
+    def one(x: Array, index: Array, rows: Array) -> Array:
+        return x.at[index].set(rows, mode="drop", unique_indices=True)
+
+    lead = x.shape[:axis]
+    for _ in lead:  # local on a sharded batch
+        one = jax.vmap(one)
+    return one(x, jnp.broadcast_to(index, (*lead, index.shape[-1])), rows)
 
 
 def _take(x: Array, index: Array, axis: int) -> Array:

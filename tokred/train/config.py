@@ -105,7 +105,7 @@ def bytes_config() -> Config:
     config = default_config("text")
     config.model.update({"vocab": 259, "width": 64, "depth": 8, "heads": 4, "context": 256})
     config.data.update({"name": "stdlib", "length": 256, "batch": 8})
-    config.train.steps = 2000
+    config.train.steps = 1000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
     config.log.every = 50
     return config

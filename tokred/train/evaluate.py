@@ -86,9 +86,10 @@ def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> l
     """A row per plan: the scores of the task (`Objective.scores`), MACs and milliseconds of one
     example.
 
-    'recall' is None where the data has no mask, 'bits_per_byte' stands beside a loss on text. 'keep' is None for dense and for what was learned.
-    Times are medians of rounds in which all plans take turns. With config.finetune.steps every
-    plan is first trained for so long from the same weights.
+    'recall' is None where the data has no mask, 'bits_per_byte' stands beside a loss on text.
+    'keep' is None for dense and for what was learned. Times are medians of rounds in which all
+    plans take turns. With config.finetune.steps every plan is first trained for so long from the
+    same weights.
     """
     tuned = {n: finetune(setup, weights, inputs, plan) for n, (plan, _) in plans.items()}
     times = time_plans(setup, tuned, inputs, plans)

@@ -47,7 +47,7 @@ class Inputs:
         """Each token as a reader sees it."""
         if self.tokenizer is None:
             return [str(int(i)) for i in ids]
-        return [self.tokenizer.decode([int(i)]) for i in ids]
+        return [self.tokenizer.decode(np.asarray([i], np.int32)) for i in ids]
 
     def train_batches(self, seed: int) -> Batches:
         """Endless shuffled batches, of each the rows that this process reads."""

@@ -97,7 +97,7 @@ def train_row(name: str, config: Config, workdir: Path) -> Row:
     row = {**rows[method], "method": name, "steps": config.train.steps}
     causal = rows.get(f"{method} causal", {})
     row["causal_bits_per_byte"] = causal.get("bits_per_byte")
-    setup, weights = restore_setup(workdir)
+    _, weights = restore_setup(workdir)
     row["params"] = sum(x.size for x in jax.tree.leaves(weights.params))
     row["train_macs"] = step_macs(config) * config.train.steps
     row["curve"] = read_curve(workdir, step_macs(config))

@@ -3,11 +3,11 @@
 python -m tokred.train.pods --out=docs/pods.json --only='v5e-256/lm_1b/*'
 
 Trained with AdamW, in bfloat16 over float32 parameters: ViT-B/16 at 224 pixels on a global batch of
-4096 images, and a decoder of a billion parameters on 256 sequences of 2048 tokens, whose layers are
-all computed twice. The decoder in bfloat16 also decodes a token of each of 256 sequences. A row says
-what one chip holds and counts, and how often chips talk. Nothing is executed, so nothing is timed
-but the compiler, which is told to search little for fast code: for the dense ViT on v5e-256 that
-gives the same collectives and 3 % less temporary memory in an eighth of the processor time.
+4096 images, and a decoder of a billion parameters on 256 sequences of 2048 tokens. In bfloat16 it
+also decodes one token of each of 256 sequences. A row says what one chip holds and counts, and how
+often chips talk. Nothing is executed, so nothing is timed but the compiler, which is told to search
+little for fast code: for the dense ViT on v5e-256 that gives the same collectives and 3 % less
+temporary memory in an eighth of the processor time.
 """
 
 import fnmatch
@@ -117,7 +117,7 @@ LM = Task(
     batch=256,
     plans={"dense": dense, "mod": mod},
     meshes={"v5e-256": {"data": 8, "fsdp": 8, "tensor": 4}},
-    remat=(20,),
+    remat=(0, 20),
 )
 DECODING = Task(
     "lm_1b",

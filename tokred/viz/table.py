@@ -32,7 +32,8 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
 
     rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy',
     'recall' and 'agreement' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio' and others of
-    `FIELDS`. columns: which fields, in which order; default all that the rows have. Seeds become mean ± half the range, where they differ; None becomes '–'.
+    `FIELDS`. columns: which fields, in which order; default all that the rows have. Seeds become
+    mean ± half the range, where they differ; None becomes '–'.
 
     Raises:
       ValueError: no rows, an unknown column, a missing field, or None for some seeds only.
