@@ -15,6 +15,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,17 @@ def check(function: Callable) -> Callable:
 
 # Must come before the first import of tokred.
 jaxtyping.install_import_hook("tokred", f"{__name__}.check")
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Compiles anew: XLA's CPU programs that permute between devices crash when they are loaded
+    from the persistent cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from tokred.maps import Assign, Keep, Mix, TokenMap, compose
 from tokred.methods import get_method, list_methods, make_plan, register
-from tokred.models import ViT, ViTConfig, vit_config
+from tokred.models import Decoder, DecoderConfig, ViT, ViTConfig, decoder_config, vit_config
+from tokred.models.generate import Sampling, generate
 from tokred.plan import Ask, Layout, Plan, Reduction, Site
 from tokred.report import Call, Report
 from tokred.tokens import Tokens, make_tokens, move
@@ -11,18 +12,23 @@ __all__ = [
     "Ask",
     "Assign",
     "Call",
+    "Decoder",
+    "DecoderConfig",
     "Keep",
     "Layout",
     "Mix",
     "Plan",
     "Reduction",
     "Report",
+    "Sampling",
     "Site",
     "TokenMap",
     "Tokens",
     "ViT",
     "ViTConfig",
     "compose",
+    "decoder_config",
+    "generate",
     "get_method",
     "list_methods",
     "make_plan",

@@ -166,7 +166,7 @@ class Reduction:
         return 0
 
     def expected_count(
-        self, n: Array | float, prefix: int, aux: Mapping[str, Array]
+        self, n: Array | float, prefix: int, aux: Mapping[str, Any]
     ) -> Array | float:
         """The soft twin's count after this site, differentiable where the rate is learned."""
         return self.counts(int(n), prefix)

@@ -66,8 +66,10 @@ def run_around(
 def tokens_of(case: Case, valid: Any = None, **extra: Any) -> Tokens:
     """The case's hidden states, padding left as it is."""
     x = case.inputs["hidden"]
+    valid = None if valid is None else jnp.asarray(valid)
     places = case.inputs.get("position_ids", jnp.arange(x.shape[1])[None])
     places = jnp.broadcast_to(places, x.shape[:2])[..., None].astype(jnp.float32)
+    extra = {name: jnp.asarray(value) for name, value in extra.items()}
     return make_tokens(x, valid=valid, position=places, extra=extra).replace(x=x)
 
 

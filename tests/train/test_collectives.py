@@ -29,11 +29,23 @@ def kinds(config: Any, plan: Plan) -> set[str]:
     return set(count_collectives(text))
 
 
-@pytest.mark.parametrize("config", {odd(row) for row in TRAINED}, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config", dict.fromkeys(odd(row) for row in TRAINED), ids=lambda c: type(c).__name__
+)
 def test_dense_training_gathers_weights_and_sums_gradients(config: Any):
     assert kinds(config, DENSE) == {"all-gather", "all-reduce"}
 
 
-@pytest.mark.parametrize("row", TRAINED, ids=lambda r: f"{r.model}-{r.method}")
+# One of each kind; `make test-slow` runs the others, whose gradients conformance looks at too.
+QUICK = (("vit", "topk"), ("vit", "diffrate"), ("decoder", "mod"))
+
+
+def params() -> list:
+    slow = lambda row: () if (row.model, row.method) in QUICK else pytest.mark.slow  # noqa: E731
+    name = lambda row: f"{row.model}-{row.method}"  # noqa: E731
+    return [pytest.param(row, id=name(row), marks=slow(row)) for row in TRAINED]
+
+
+@pytest.mark.parametrize("row", params())
 def test_reductions_add_no_kind_of_collective(row: Row):
     assert kinds(odd(row), training(row)) == kinds(odd(row), DENSE)

@@ -109,6 +109,7 @@ def test_off_returns_the_inputs(off):
     assert got[0] is images and got[1] is targets
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("mixing", [MIXUP, CUTMIX, BOTH])
 def test_sharded_is_unsharded(mixing):
     split = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))

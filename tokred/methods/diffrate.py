@@ -66,7 +66,7 @@ class DiffRate(Reduction):
     def rate(self, prefix: int) -> Rate:
         return Rate(self.patches, self.granularity, prefix)
 
-    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Array]) -> Array:
+    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Any]) -> Array:
         kept = (aux["prune_kept"], aux["merge_kept"])
         if self.gradient == "exact":
             return jnp.minimum(jnp.minimum(n, kept[0]), kept[1])

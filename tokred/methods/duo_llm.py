@@ -81,7 +81,7 @@ class DuoLLM(Reduction):
         return router + routing.room_of(n, self.small) * small
 
     def expected_count(
-        self, n: Array | float, prefix: int, aux: Mapping[str, Array]
+        self, n: Array | float, prefix: int, aux: Mapping[str, Any]
     ) -> Array | float:
         return n * aux["share"]
 

@@ -47,7 +47,7 @@ class DynamicViT(Reduction):
     def build(self, width: int, heads: int, rngs: nnx.Rngs) -> KeepPredictor:
         return KeepPredictor(width, rngs=rngs)
 
-    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Array]) -> Array:
+    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Any]) -> Array:
         return aux["kept"] + prefix
 
     def __call__(

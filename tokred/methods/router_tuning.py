@@ -68,7 +68,7 @@ class RouterTuning(Reduction):
         return layout.width * (n if self.per == "token" else 1)
 
     def expected_count(
-        self, n: Array | float, prefix: int, aux: Mapping[str, Array]
+        self, n: Array | float, prefix: int, aux: Mapping[str, Any]
     ) -> Array | float:
         return n * aux["share"]
 

@@ -233,9 +233,10 @@ class Decoder(nnx.Module):
         check_ids(ids, self.config, plan)
         place = _positions(ids, valid, None, cache.seen)
         tokens = self.tokens(ids, valid, place, None, extra)
-        tokens, report, cache = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
+        tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
-        cache = dataclasses.replace(cache, seen=(cache.seen + more).astype(jnp.int32))
+        layers = cache.layers if filled is None else filled.layers
+        cache = KVCache(layers, (cache.seen + more).astype(jnp.int32))
         return self.logits(tokens), cache, report
 
     def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
