@@ -66,10 +66,8 @@ def run_around(
 def tokens_of(case: Case, valid: Any = None, **extra: Any) -> Tokens:
     """The case's hidden states, padding left as it is."""
     x = case.inputs["hidden"]
-    valid = None if valid is None else jnp.asarray(valid)
     places = case.inputs.get("position_ids", jnp.arange(x.shape[1])[None])
     places = jnp.broadcast_to(places, x.shape[:2])[..., None].astype(jnp.float32)
-    extra = {name: jnp.asarray(value) for name, value in extra.items()}
     return make_tokens(x, valid=valid, position=places, extra=extra).replace(x=x)
 
 
@@ -92,6 +90,7 @@ def pmod_schedule(kind: str, highest: float, lowest: float) -> Callable[[Case], 
 def pmod_layer(case: Case) -> dict[str, Any]:
     s, vision, valid = case.settings, case.inputs["target_mask"], case.inputs["attention_mask"]
     fewest = int((vision & valid).sum(-1).min())
+    vision, valid = jnp.asarray(vision), jnp.asarray(valid)
     reduction = PMoD(s["ratio"], fewest, scale=s["norm_scale"], bias=s["norm_bias"])
 
     def run(inputs: Any, params: Any) -> dict[str, Any]:
