@@ -286,11 +286,8 @@ class Mix(_Map):
         return _product(matrix, x, axis)
 
     def restore(self, y: Array, fill: Any = 0, *, axis: int | None = None) -> Array:
-        """`back` y; `fill` is not used, since a matrix leaves no token out.
-
-        Raises:
-          ValueError: the map was made without `back`.
-        """
+        """`back` y; `fill` is not used: a matrix leaves no token out. Raises ValueError without
+        `back`."""
         if self.back is None:
             raise ValueError("Mix.restore: this map has no back= matrix; give it the one you mean.")
         return _product(self.back, y, self._axis(y, axis, self.k))
@@ -371,11 +368,8 @@ def follow(source: Int[Array, "*B S"], map_: TokenMap) -> Int[Array, "*B S"]:
 
 def fold(x: Tree, groups: int, *, axis: int = 1) -> Tree:
     """A token axis split into a leading axis of `groups` and the tokens of each: windows, crops,
-    frames. `unfold` undoes it. Static: groups.
-
-    Raises:
-      ValueError: the token count is not a multiple of `groups`.
-    """
+    frames. `unfold` undoes it. Static: groups. Raises ValueError for a token count that is not a
+    multiple of `groups`."""
 
     def one(a: Array) -> Array:
         n = a.shape[axis]
