@@ -1,5 +1,6 @@
 """One process, eight virtual CPU devices, checked shapes and types, a warm compile cache."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,22 @@ def check(function: Callable) -> Callable:
 
 # Must come before the first import of tokred.
 jaxtyping.install_import_hook("tokred", f"{__name__}.check")
+
+
+MAPS = Path("/proc/self/maps")
+MANY = 20_000  # Linux allows a process 65 530 mappings, then compiling aborts
+
+
+@pytest.fixture(autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Every program that XLA compiled holds mappings of memory: forgets them in time."""
+    yield
+    if MAPS.exists():
+        with MAPS.open() as lines:
+            many = sum(1 for _ in lines) > MANY
+        if many:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture
