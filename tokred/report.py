@@ -75,6 +75,11 @@ class Report:
     counts: tuple[LayerCount, ...] = ()
 
     @property
+    def entered(self) -> dict[str, Array]:
+        """Which tokens [*B N] entered each layer, or branch, that they may skip; by site."""
+        return {site: aux["entered"] for site, aux in self.aux.items() if "entered" in aux}
+
+    @property
     def losses(self) -> dict[str, Array]:
         """Auxiliary losses by 'site/name': entries of aux that start with 'loss'."""
         return {

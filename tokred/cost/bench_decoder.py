@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from tokred.cost.bench import RATIOS, Candidate, Row, choose_plans, split, time_rows
+from tokred.cost.bench import Candidate, Row, choose_plans, split, time_rows, with_ratios
 from tokred.cost.compiled import compile_cost
 from tokred.cost.decoding import decode_rows
 from tokred.cost.macs import macs
@@ -169,10 +169,7 @@ def _with_ratios(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row["method"] in ("dense", PLAIN):
             base[whole(row)] = min(row, base.get(whole(row), row), key=lambda r: r["ms"])
-    return [
-        row | {ratio: row[field] / base[whole(row)][field] for ratio, field in RATIOS.items()}
-        for row in rows
-    ]
+    return [with_ratios(row, base[whole(row)]) for row in rows]
 
 
 def _check(config: DecoderConfig, tokens: int, passes: Passes) -> None:

@@ -155,9 +155,7 @@ def decode_steps(
             call = Call(modules=modules, key=jax.random.fold_in(key, number), skip=skip)
             extra = {"generated": jnp.full(ids.shape, number)}
             logits, cache, report = model.extend(ids, cache, plan=plan, call=call, extra=extra)
-            entered = {
-                s: aux["entered"].mean() for s, aux in report.aux.items() if "entered" in aux
-            }
+            entered = {site: told.mean() for site, told in report.entered.items()}
             ids = logits.argmax(-1).astype(jnp.int32)
             return (ids, cache), (ids[:, 0], entered)
 

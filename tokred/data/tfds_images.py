@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from tokred.data.augment import Augmentation, augment, view
+from tokred.data.prepared import how_to_prepare
 
 Example = dict[str, Any]
 
-FORMAT = "array_record"
 SPLITS = ("train", "test")
 SPLIT = re.compile(r"(train|test)(\[[^\[\]]*\])?")
 
@@ -189,15 +189,9 @@ def _open_prepared(builder: Any, split: str, images: ImageSet) -> Sequence[Examp
 
 
 def _how_to_prepare(builder: Any, images: ImageSet) -> str:
-    folder = str(builder.data_path.parent.parent)
-    found = f"is not prepared in {folder}"
-    if builder.info.splits:
-        found = f"in {folder} is prepared in another format than {FORMAT}"
-        folder = "ANOTHER_FOLDER"
-    by_hand = f"put {' and '.join(images.manual)} into {folder}/downloads/manual, then "
-    return (
-        f"{images.name} {found}: {by_hand if images.manual else ''}"
-        'run `pip install "tokred[tf]"` and `python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{images.name}', file_format='{FORMAT}', data_dir='{folder}')"
-        '.download_and_prepare()"`.'
+    return how_to_prepare(
+        images.name,
+        str(builder.data_path.parent.parent),
+        in_other_format=bool(builder.info.splits),
+        manual=images.manual,
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-FORMAT = "array_record"
+from tokred.data.prepared import how_to_prepare
+
 NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w.\-]+)?(:\d+\.\d+\.\d+)?")
 BEAM = ("c4", "wiki40b", "wikipedia")  # not listed by TFDS where TensorFlow is not installed
 STORED = {"train": "train", "valid": "validation", "test": "test"}
@@ -120,14 +121,5 @@ def _how_to_prepare(
     from tensorflow_datasets.core import constants
 
     folder = str(constants.DATA_DIR if data_dir is None else data_dir)
-    found = f"is not prepared in {folder}"
-    if in_other_format:
-        found = f"in {folder} is prepared in another format than {FORMAT}"
-        folder = "ANOTHER_FOLDER"
     beam = " apache-beam" if re.split("[/:]", name)[0] in BEAM else ""
-    return (
-        f'{name} {found}: run `pip install "tokred[tf]"{beam}` and '
-        f'`python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', file_format='{FORMAT}', data_dir='{folder}')"
-        '.download_and_prepare()"`.'
-    )
+    return how_to_prepare(name, folder, in_other_format=in_other_format, packages=beam)

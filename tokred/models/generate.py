@@ -13,7 +13,7 @@ from tokred.cache import KVCache
 from tokred.models.decoder import Decoder
 from tokred.ops import gather, top_k
 from tokred.plan import Plan
-from tokred.report import Call, Report
+from tokred.report import Call
 from tokred.score import mask_scores
 
 DENSE = Plan()
@@ -139,12 +139,8 @@ def _step(
         extra=mine,
     )
     goes_on = alive if end is None else alive & (ids != end)
-    told = {site: seen[:, 0] for site, seen in _entered(report).items()}
+    told = {site: seen[:, 0] for site, seen in report.entered.items()}
     return (cache, following[:, 0], goes_on), (ids, alive, logits, told)
-
-
-def _entered(report: Report) -> dict[str, Array]:
-    return {site: aux["entered"] for site, aux in report.aux.items() if "entered" in aux}
 
 
 def _fold(key: Any, number: int | Array) -> Any:

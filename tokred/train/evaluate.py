@@ -13,7 +13,6 @@ from jaxtyping import Array
 from tokred import cost, viz
 from tokred.methods import make_plan
 from tokred.plan import Plan
-from tokred.report import Report
 from tokred.train.inputs import Inputs
 from tokred.train.loop import Around, Stage, run_stage
 from tokred.train.mesh import round_up, to_mesh
@@ -176,7 +175,7 @@ def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weig
 def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Path) -> None:
     """What the plan does with the first test examples: tokens.png, or of text routing.html."""
     rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
-    take = lambda _, report: (report.sources, entered(report))  # noqa: E731
+    take = lambda _, report: (report.sources, report.entered)  # noqa: E731
     forward = make_forward(setup.skeleton, setup.objective(plan), take)
     sources, routed = forward(weights, rows, setup.eval_key())
     rows, sources, routed = to_host((dict(rows), sources, routed))
@@ -195,8 +194,3 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
         path=workdir / "tokens.png",
         masks=rows["mask"][:count] if "mask" in rows else None,
     )
-
-
-def entered(report: Report) -> dict[str, Array]:
-    """Which tokens [B N] entered each routed layer, by site."""
-    return {site: aux["entered"] for site, aux in report.aux.items() if "entered" in aux}
