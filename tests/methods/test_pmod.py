@@ -30,6 +30,13 @@ def test_released_schedule():
     assert list(ratios) == sorted(ratios, reverse=True)
 
 
+def test_mixture_of_depths_can_decay_likewise():
+    plan = make_plan("mod", around.CONFIG.layout, keep=0.5, decay="cosine")
+    ratios = decaying_ratios(around.CONFIG.depth, 0.5)
+    got = {site.layer: reduction.capacity for site, reduction in plan.steps}
+    assert got == {i: ratio for i, ratio in enumerate(ratios) if ratio < 1}
+
+
 def test_schedules_of_any_depth():
     assert shifted_decay(5, 0.5, "linear") == (1.0, 0.75, 0.5, 0.25, 0.0)
     close(shifted_decay(5, 0.5), [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0])

@@ -18,6 +18,7 @@ from tokred.methods import routing
 from tokred.methods.registry import register
 from tokred.nn.routers import TokenRouter
 from tokred.plan import Layout, Plan, Reduction, Site, require_module
+from tokred.schedule import decaying_ratios
 from tokred.select import keep_where
 from tokred.tokens import Tokens
 
@@ -170,6 +171,7 @@ def mod(
     *,
     keep: float = 0.125,
     layers: Sequence[int] | None = None,
+    decay: str | None = None,
     gate: str | None = "aux",
     router: str = "learned",
     rule: str = "residual",
@@ -181,8 +183,15 @@ def mod(
     """Every second layer processes only the tokens its router scores highest.
 
     keep: capacity, the share of tokens that enter. layers: where, default 1, 3, 5, ...
+    decay: capacities that fall with depth, as in p-MoD, with keep as their mean over all layers;
+    the schedule of `schedule.decaying_ratios`; layers: default all that are not dense then.
     Other options: see `MoD`.
     """
-    reduction = MoD(keep, gate, router, rule, squash, aux_weight, prefill, cache)
-    chosen = routing.layers_or(layers, routing.alternate_layers(layout))
-    return Plan(tuple((Site("around", i), reduction) for i in chosen), name="mod")
+    options = (gate, router, rule, squash, aux_weight, prefill, cache)
+    shares = (keep,) * layout.depth
+    default = routing.alternate_layers(layout)
+    if decay is not None:
+        shares = decaying_ratios(layout.depth, keep, kind=decay)
+        default = tuple(i for i, share in enumerate(shares) if share < 1)
+    chosen = routing.layers_or(layers, default)
+    return Plan(tuple((Site("around", i), MoD(shares[i], *options)) for i in chosen), name="mod")
