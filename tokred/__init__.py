@@ -2,7 +2,18 @@
 
 from tokred.maps import Assign, Keep, Mix, TokenMap, compose
 from tokred.methods import get_method, list_methods, make_plan, register
-from tokred.models import Decoder, DecoderConfig, ViT, ViTConfig, decoder_config, vit_config
+from tokred.models import (
+    Conditioned,
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    ViT,
+    ViTConfig,
+    decoder_config,
+    encoder_decoder_config,
+    vit_config,
+)
 from tokred.models.generate import Sampling, generate
 from tokred.plan import Ask, Layout, Plan, Reduction, Site
 from tokred.report import Call, Report
@@ -12,8 +23,11 @@ __all__ = [
     "Ask",
     "Assign",
     "Call",
+    "Conditioned",
     "Decoder",
     "DecoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Keep",
     "Layout",
     "Mix",
@@ -28,6 +42,7 @@ __all__ = [
     "ViTConfig",
     "compose",
     "decoder_config",
+    "encoder_decoder_config",
     "generate",
     "get_method",
     "list_methods",

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from tokred.cost.bench import Row, bench, device_name
 from tokred.cost.bench_decoder import Passes, bench_decoder
+from tokred.cost.bench_pairs import bench_pairs
 from tokred.methods import Method, golden_passed, list_methods
-from tokred.models import decoder_config, vit_config
+from tokred.models import decoder_config, encoder_decoder_config, vit_config
 
 DTYPES = ("float32", "bfloat16")
 # Heading, field, format; times in milliseconds per batch.
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("bench", help="time methods against the dense model")
     run.set_defaults(run=_bench)
-    sizes = "vit_{ti,s,b,l,h} and the patch size, or a decoder such as lm_100m"
+    sizes = "vit_{ti,s,b,l,h} and the patch size, a decoder such as lm_100m, or byt5_small"
     run.add_argument("--model", default="vit_s16", help=sizes)
     run.add_argument("--methods", metavar="NAME,NAME,...")
     run.add_argument("--batch", type=_positive, default=8)
@@ -120,7 +121,8 @@ def _bench(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} is for {kind}, not for {args.model!r}; leave it out.")
     for name, default in own.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    rows, about = (_bench_decoder if text else _bench_images)(args)
+    pairs = args.model.startswith("byt5_")
+    rows, about = (_bench_pairs if pairs else _bench_decoder if text else _bench_images)(args)
     given = ("model", "batch", "rounds", "keep", "dtype", *own)
     meta = {name: getattr(args, name) for name in given} | {"macs_target": args.macs}
     meta |= {"device": device_name(), "jax": jax.__version__, **about}
@@ -133,7 +135,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _told(field: str, rows: Sequence[Row]) -> bool:
-    return any(row[field] is not None for row in rows)
+    return any(row.get(field) is not None for row in rows)
 
 
 def _bench_images(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
@@ -164,6 +166,24 @@ def _bench_decoder(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]
     fused = "dense with fused attention"
     base = f"the faster of {fused} and with plain attention" if args.best_dense else fused
     return rows, {"path": path, "ratios": f"to {base}"}
+
+
+def _bench_pairs(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    for name in ("share", "remat", "best_dense"):
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for decoders, not for {args.model!r}; leave it out.")
+    rows = bench_pairs(
+        encoder_decoder_config(args.model, dtype=jnp.dtype(args.dtype)),
+        _names(args.methods or "dense,mrt5"),
+        tokens=args.tokens,
+        batch=args.batch,
+        rounds=args.rounds,
+        keep=args.keep,
+        ratio=args.macs,
+        passes=Passes(args.train, args.decode, args.steps),
+    )
+    return rows, {"path": "packed twin; training under the twin that learns", "ratios": "to dense"}
 
 
 def _names(text: str) -> list[str]:

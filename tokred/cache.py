@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.maps import Keep
 from tokred.ops import position_mask
+from tokred.tokens import Tokens
 
 register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
@@ -157,3 +158,18 @@ def make_cache(
             )
     layers = [make_layer_cache(batch, heads, c, width, dtype) for c in capacities]
     return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+
+@functools.partial(register, data_fields=["tokens", "k", "v"])
+@dataclass(frozen=True)
+class Memory:
+    """What a cross-attention looks at: tokens with their gates, and Float[B M H E] keys and values
+    that one layer has projected of them, or None where it still has to."""
+
+    tokens: Tokens
+    k: Any = None
+    v: Any = None
+
+    @property
+    def projected(self) -> bool:
+        return self.k is not None

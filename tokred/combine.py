@@ -15,7 +15,9 @@ RULES = ("residual", "mlp_branch", "scale_all")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "fill"], meta_fields=["rule"]
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "fill", "restore"],
+    meta_fields=["rule"],
 )
 @dataclass(frozen=True)
 class Combine:
@@ -26,14 +28,17 @@ class Combine:
     that skip become, or None for what they were · rule, static, u = x + Attention:
     'residual' x + w (block(x) - x), Mixture-of-Depths; with w in {0, 1} Router-Tuning ·
     'mlp_branch' u + w MLP(u), gamma-MoD and, with fill = w x, p-MoD's symmetric form ·
-    'scale_all' w block(x), the residual included.
+    'scale_all' w block(x), the residual included · restore: where what came out does not go back
+    as it came in: a pytree with restore([*B K D]) -> [*B N D], another map or a dataclass; then
+    all tokens become `fill`, or None for 0, plus what it makes of those that entered.
 
-    Gradient: to weight and fill.
+    Gradient: to weight, fill and what `restore` holds.
     """
 
     weight: Any = None
     fill: Any = None
     rule: str = "residual"
+    restore: Any = None
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -57,6 +62,9 @@ class Combine:
         member), the update is added to `fill`.
         """
         y = self._weighed(before, after)
+        if self.restore is not None:
+            back = self.restore.restore(y)
+            return (back if self.fill is None else self.fill + back).astype(x.dtype)
         fill = x if self.fill is None else self.fill.astype(x.dtype)
         if isinstance(map_, Keep):
             return _written(fill, y, map_)

@@ -14,7 +14,7 @@ from tokred.tokens import Tokens
 @dataclass(frozen=True)
 class Seen:
     """What evidence is made of: a layer's q, k, v [*B N H E], its input, its tokens, and where
-    attention is masked or capped, how."""
+    attention is masked, biased or capped, how."""
 
     q: Any
     k: Any
@@ -24,6 +24,8 @@ class Seen:
     scale: float | None = None
     mask: Any = None
     cap: float | None = None
+    pair_bias: Any = None
+    sink: bool = False
 
     def softmax_arguments(self) -> dict[str, Any]:
         """What the layer's attention is told, for `ops.attention_probs`."""
@@ -31,6 +33,8 @@ class Seen:
         return {
             "mask": self.mask,
             "cap": self.cap,
+            "pair_bias": self.pair_bias,
+            "sink": self.sink,
             "bias": tokens.key_bias(),
             "valid": tokens.valid,
             "policy": tokens.policy,
@@ -55,11 +59,17 @@ def provide(ask: Ask, seen: Seen) -> Array:
         "probs": lambda _, s: attention_probs(s.q, s.k, **s.softmax_arguments()),
         "keys": lambda a, s: _heads(s.k, a),
         "values": lambda a, s: _heads(s.v, a),
-        "qkv": lambda _, s: jnp.stack([s.q, s.k, s.v], axis=-3),
+        "qkv": lambda _, s: _qkv(s),
         "input": lambda _, s: s.input,
         "hidden": lambda _, s: s.tokens.x,
     }
     return makers[ask.kind](ask, seen)
+
+
+def _qkv(seen: Seen) -> Array:
+    """Key heads repeated for the query heads that share them."""
+    per_query_head = lambda x: jnp.repeat(x, seen.q.shape[-2] // x.shape[-2], axis=-2)  # noqa: E731
+    return jnp.stack([seen.q, per_query_head(seen.k), per_query_head(seen.v)], axis=-3)
 
 
 def _heads(x: Array, ask: Ask) -> Array:
@@ -84,6 +94,8 @@ def _rows(ask: Ask, seen: Seen) -> Array:
     how, axis = seen.softmax_arguments(), len(batch)
     if seen.mask is not None:
         how["mask"] = gather(seen.mask, row, axis=axis)
+    if seen.pair_bias is not None:
+        how["pair_bias"] = jnp.take_along_axis(seen.pair_bias, row[..., None, :, None], axis=-2)
     rows = attention_rows(gather(seen.q, row, axis=axis), seen.k, own=own, **how)  # [*B H 1 N]
     rows = rows.reshape(*batch, rows.shape[-3], n)
     return rows.mean(axis=-2) if ask.heads == "mean" else jnp.swapaxes(rows, -1, -2)

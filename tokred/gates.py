@@ -23,6 +23,11 @@ def ceil_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return straight_through(jnp.ceil(x), x)
 
 
+def one_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 forward, and the gradient of `x` backward."""
+    return straight_through(jnp.ones_like(x), x)
+
+
 def min_through(*counts: Float[Array, ""]) -> Float[Array, ""]:
     """The minimum, with the full gradient to every argument (DiffRate's official FLOPs)."""
     total = sum(counts[1:], counts[0])
@@ -111,9 +116,13 @@ def _with_noise(logits: Array, key: PRNGKeyArray | None) -> Array:
 
 @dataclass(frozen=True)
 class SigmoidBias:
-    """A soft gate in log space: scale * sigmoid(-logit) in [scale, 0], an additive key bias."""
+    """A soft gate in log space: scale * sigmoid(-logit) in [scale, 0], an additive key bias.
+
+    noise: Gumbel noise on the logits in training.
+    """
 
     scale: float = -30.0
+    noise: bool = False
 
     def init(self) -> None:
         return None
@@ -126,7 +135,103 @@ class SigmoidBias:
         key: Any = None,
         train: bool = False,
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        logits = _with_noise(logits, key) if train and self.noise else logits
         return self.scale * jax.nn.sigmoid(-logits), state, {}
+
+
+@dataclass(frozen=True)
+class RateController:
+    """A regulariser's coefficient that steers a rate to `target`: PI control, one update a step.
+
+    p <- 0.9 p + 0.1 proportional e, i <- i + integral e with e = target - rate; the coefficient is
+    max(0, p + i). The state is {'p', 'i', 'coefficient'}; nothing stops i from winding up. Source:
+    Kallini et al. 2024, jkallini/mrt5.
+    """
+
+    target: float
+    proportional: float = 0.5
+    integral: float = 1e-5
+
+    def init(self) -> dict[str, Array]:
+        zero = jnp.zeros((), jnp.float32)
+        return {"p": zero, "i": zero, "coefficient": zero}
+
+    def update(self, rate: Float[Array, ""], state: dict[str, Array]) -> dict[str, Array]:
+        """The state after a step that measured `rate`; no gradient."""
+        error = self.target - jax.lax.stop_gradient(rate)
+        p = 0.9 * state["p"] + 0.1 * self.proportional * error
+        i = state["i"] + self.integral * error
+        return {"p": p, "i": i, "coefficient": jnp.maximum(p + i, 0.0)}
+
+
+@dataclass(frozen=True)
+class LogSigmoid:
+    """A soft gate in log space: log sigmoid(sharpness * logit) in (-inf, 0], an additive key bias.
+
+    Its exponential is the gate; products of gates are sums.
+    """
+
+    sharpness: float = 1.0
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self,
+        logits: Float[Array, "*B N"],
+        state: Any = None,
+        *,
+        key: Any = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        return jax.nn.log_sigmoid(self.sharpness * logits), state, {}
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Which tokens begin a segment: those with a chance above the threshold; told['starts'].
+
+    Takes chances instead of logits. The value is 1 with the gradient of how sure the choice is: of
+    the chance where it starts one, of 1 - chance elsewhere. Source: H-Net (goombalab/hnet).
+    """
+
+    threshold: float = 0.5
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self,
+        chance: Float[Array, "*B N"],
+        state: Any = None,
+        *,
+        key: Any = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        starts = chance > self.threshold
+        return one_through(jnp.where(starts, chance, 1.0 - chance)), state, {"starts": starts}
+
+
+@dataclass(frozen=True)
+class Halting:
+    """0 for tokens that halt, sigmoid(logit) > threshold; 1 for those that stay. No gradient: the
+    logits are trained on labels. Source: KARL (ShivamDuggal4/karl)."""
+
+    threshold: float = 0.75
+
+    def init(self) -> None:
+        return None
+
+    def update(
+        self,
+        logits: Float[Array, "*B N"],
+        state: Any = None,
+        *,
+        key: Any = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N"], Any, dict]:
+        halted = jax.nn.sigmoid(logits) > self.threshold
+        return 1.0 - halted.astype(logits.dtype), state, {"halted": halted}
 
 
 @dataclass(frozen=True)

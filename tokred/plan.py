@@ -5,6 +5,7 @@ Models take a Plan and know no method; methods know tokens, evidence and maps, a
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -35,10 +36,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in a model: a kind of `LAYER_SITES` with its layer, or one of `MODEL_SITES`."""
+    """A place in a model: a kind of `LAYER_SITES` with its layer, or one of `MODEL_SITES`.
+
+    until: the last layer of a span that 'around' encloses, each layer with all of its sites; None
+    for one layer alone, whose 'before' and 'after' lie outside.
+    """
 
     kind: str
     layer: int | None = None
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in LAYER_SITES + MODEL_SITES:
@@ -49,10 +55,27 @@ class Site:
             raise ValueError(
                 f"Site {self.kind!r}: layer={self.layer}; only layer sites take a layer."
             )
+        if self.until is None:
+            return
+        if self.kind != "around" or not self.layers:
+            raise ValueError(
+                f"Site {self.kind!r}: until={self.until} must be a layer from layer={self.layer} "
+                "on, at a site 'around'; change until."
+            )
+        if self.until == self.layer:
+            object.__setattr__(self, "until", None)
 
     @property
     def name(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}_{self.layer}"
+        parts = (self.kind, self.layer, self.until)
+        return "_".join(str(part) for part in parts if part is not None)
+
+    @property
+    def layers(self) -> range:
+        """The layers that the site concerns; none for those of `MODEL_SITES`."""
+        if self.layer is None:
+            return range(0)
+        return range(self.layer, (self.layer if self.until is None else self.until) + 1)
 
 
 @dataclass(frozen=True)
@@ -192,8 +215,12 @@ class Reduction:
         return self.move(tokens, map_, evidence), map_, state, {}
 
 
+Step = tuple[Site, Reduction]
+
+
 class LayerCount(NamedTuple):
-    """Token counts in one layer: at the queries, keys, MLP and after the layer."""
+    """Token counts in one layer: at the queries, keys, MLP and after the layer, where spans that
+    end with it have put their tokens back."""
 
     queries: int
     keys: int
@@ -209,20 +236,52 @@ class Plan:
     each decides alone, without those that follow: for decoding step by step.
     """
 
-    steps: tuple[tuple[Site, Reduction], ...] = ()
+    steps: tuple[Step, ...] = ()
     twin: str = "packed"
     name: str = "dense"
 
     def __post_init__(self) -> None:
         if self.twin not in TWINS:
             raise ValueError(f"Plan: twin={self.twin!r} must be one of {TWINS}; change twin.")
+        for (a, _), (b, _) in itertools.combinations(self.spans, 2):
+            one, two = a.layers, b.layers
+            if one == two or one.start < two.start < one.stop < two.stop:
+                raise ValueError(
+                    f"Plan {self.name!r}: spans {a.name} and {b.name} overlap; put one inside the "
+                    "other, or side by side."
+                )
 
-    def at(self, kind: str, layer: int | None = None) -> tuple[tuple[Site, Reduction], ...]:
-        return tuple(step for step in self.steps if step[0] == Site(kind, layer))
+    def at(self, kind: str, layer: int | None = None) -> tuple[Step, ...]:
+        return self.at_site(Site(kind, layer))
+
+    def at_site(self, site: Site) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step[0] == site)
+
+    def of_layer(self, layer: int) -> tuple[Step, ...]:
+        """What happens at the layer's own sites."""
+        return tuple(s for s in self.steps if s[0].layer == layer and s[0].until is None)
+
+    @property
+    def spans(self) -> tuple[Step, ...]:
+        """What stands around several layers, the outer before the inner."""
+        several = (step for step in self.steps if step[0].until is not None)
+        return tuple(sorted(several, key=lambda s: (s[0].layers.start, -s[0].layers.stop)))
+
+    def enclosing(self, layer: int) -> tuple[Step, ...]:
+        """The spans around this layer, the outer before the inner."""
+        return tuple(step for step in self.spans if layer in step[0].layers)
+
+    def opening(self, layer: int) -> tuple[Step, ...]:
+        """Those that begin with it."""
+        return tuple(step for step in self.spans if step[0].layer == layer)
+
+    def closing(self, layer: int) -> tuple[Step, ...]:
+        """Those that end with it."""
+        return tuple(step for step in self.spans if step[0].until == layer)
 
     def touches(self, layer: int) -> bool:
-        """Whether anything happens at, or is stored by, this layer."""
-        return any(site.layer == layer for site, _ in self.steps) or bool(self.stored_at(layer))
+        """Whether anything happens at, around, or is stored by, this layer."""
+        return any(layer in site.layers for site, _ in self.steps) or bool(self.stored_at(layer))
 
     def stored_at(self, layer: int) -> tuple[Ask, ...]:
         """Evidence of this layer that later layers ask for."""
@@ -252,21 +311,36 @@ class Plan:
         """Token counts per layer, checked against the model.
 
         Raises:
-          ValueError: a layer that the model lacks, a count that is 0 or exceeds what is left, or
-            evidence that the model cannot give.
+          ValueError: a layer that the model lacks, a count that is 0 or exceeds what is left,
+            tokens that leave within a span, or evidence that the model cannot give.
         """
         self.check(layout)
-        n = self._after("input", None, layout.tokens, layout)
-        rows = []
+        n = self._after(self.at("input"), layout.tokens, layout)
+        rows, outside = [], []
         for layer in range(layout.depth):
-            rows.append(self._layer_count(layer, n, layout))
-            n = rows[-1].out
+            for step in self.opening(layer):
+                outside.append((n, self._after((step,), n, layout)))
+                n = outside[-1][1]
+            row = self._layer_count(layer, n, layout)
+            n = row.out
+            for site, _ in self.closing(layer):
+                before, entered = outside.pop()
+                self._check_return(site, entered, n)
+                n = before
+            rows.append(row._replace(out=n))
         return tuple(rows)
+
+    def _check_return(self, site: Site, entered: int, left: int) -> None:
+        if entered != left:
+            raise ValueError(
+                f"Plan {self.name!r}: {entered} tokens enter the span {site.name} and {left} come "
+                "out, so that they cannot be put back; remove none within it."
+            )
 
     def check(self, layout: Layout) -> None:
         """Raises what `counts` raises for layers and evidence."""
         for site, reduction in self.steps:
-            if site.layer is not None and not 0 <= site.layer < layout.depth:
+            if site.layer is not None and not 0 <= site.layer < site.layers.stop <= layout.depth:
                 raise ValueError(
                     f"Plan {self.name!r}: site {site.name} lies outside a model of {layout.depth} "
                     f"layers; shorten the schedule to layers 0..{layout.depth - 1}."
@@ -275,22 +349,23 @@ class Plan:
                 require_class_token(self.name, layout)
 
     def _layer_count(self, layer: int, n: int, layout: Layout) -> LayerCount:
-        n = self._after("before", layer, n, layout)
-        inner = self._after("around", layer, n, layout)
-        attended = self._after("around_attention", layer, inner, layout)
-        keys = self._after("keys", layer, attended, layout)
-        queries = self._after("inside", layer, attended, layout)
+        after = lambda kind, n: self._after(self.at(kind, layer), n, layout)  # noqa: E731
+        n = after("before", n)
+        inner = after("around", n)
+        attended = after("around_attention", inner)
+        keys = after("keys", attended)
+        queries = after("inside", attended)
         # Around a branch all tokens come back; inside it, only those that were kept.
         body = inner if attended != inner else queries
-        middle = self._after("mid", layer, body, layout)
-        mlp = self._after("around_mlp", layer, middle, layout)
-        out = n if inner != n else self._after("after", layer, middle, layout)
+        middle = after("mid", body)
+        mlp = after("around_mlp", middle)
+        out = n if inner != n else after("after", middle)
         return LayerCount(queries, keys, mlp, out)
 
-    def _after(self, kind: str, layer: int | None, n: int, layout: Layout) -> int:
-        for site, reduction in self.at(kind, layer):
+    def _after(self, steps: tuple[Step, ...], n: int, layout: Layout) -> int:
+        for site, reduction in steps:
             k = reduction.slots(n, layout.prefix, self.twin)
-            lowest = 0 if kind in AROUND else layout.prefix + 1  # around a layer all come back
+            lowest = 0 if site.kind in AROUND else layout.prefix + 1  # around, all come back
             if not lowest <= k <= n:
                 raise ValueError(
                     f"Plan {self.name!r}: {type(reduction).__name__} at {site.name} would leave "

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from tokred.maps import Keep, TokenMap
+from tokred.ops import gather
+from tokred.ops.gather import aligned
 from tokred.plan import LAYER_SITES, MODEL_SITES, Ask, LayerCount, Plan, Reduction, Site
 from tokred.tokens import Tokens
 
@@ -79,6 +82,16 @@ class Report:
         """Which tokens [*B N] entered each layer, or branch, that they may skip; by site."""
         return {site: aux["entered"] for site, aux in self.aux.items() if "entered" in aux}
 
+    def restore(self, y: Array, fill: float = 0) -> Array:
+        """What the last tokens have [*B K ...], such as a decoder's logits, for every original
+        [*B S ...]: that of the token it is now part of, `fill` where it is gone."""
+        source = self.tokens.source
+        if source is None:
+            return y
+        back = gather(y, jnp.maximum(source, 0), axis=source.ndim - 1)
+        here = aligned(source >= 0, back.ndim, source.ndim - 1)
+        return jnp.where(here, back, jnp.asarray(fill, y.dtype))
+
     @property
     def losses(self) -> dict[str, Array]:
         """Auxiliary losses by 'site/name': entries of aux that start with 'loss'."""
@@ -116,7 +129,7 @@ def reduce_at(
 
     provide: the array of an Ask for the tokens as they are at this site.
     """
-    steps = plan.at(site.kind, site.layer)
+    steps = plan.at_site(site)
     evidence = {ask.name: provide(ask) for _, reduction in steps for ask in reduction.asks}
     records = []
     for step, (_, reduction) in enumerate(steps):
@@ -161,7 +174,8 @@ def _key(step: int, site: Site, call: Call) -> PRNGKeyArray | None:
     if call.key is None:
         return None
     number = (LAYER_SITES + MODEL_SITES).index(site.kind)
-    return jax.random.fold_in(call.key, 16 * step + number)
+    key = jax.random.fold_in(call.key, 16 * step + number)
+    return key if site.until is None else jax.random.fold_in(key, site.until)
 
 
 def _moved(name: str, value: Array, map_: TokenMap) -> Array:

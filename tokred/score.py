@@ -38,8 +38,8 @@ def score_by_chance(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
 def unit_rows(metric: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
     """Rows of length 1 in float32, for cosine similarity; zero rows stay zero."""
     metric = metric.astype(jnp.float32)
-    norm = jnp.linalg.norm(metric, axis=-1, keepdims=True)
-    return metric / jnp.where(norm == 0, 1.0, norm)
+    square = jnp.square(metric).sum(-1, keepdims=True)
+    return metric / jnp.sqrt(jnp.where(square == 0, 1.0, square))
 
 
 def cosine(a: Float[Array, "*B N E"], b: Float[Array, "*B M E"]) -> Float[Array, "*B N M"]:

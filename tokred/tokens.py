@@ -24,8 +24,9 @@ class Tokens:
     """Features and their book-keeping; a field that is None costs nothing.
 
     x: Float[*B N D] · valid: Bool[*B N] · size: Float[*B N], originals that each stands for
-    · position: Float[*B N C] coordinates, -1 where invalid · source: Int[*B S], original -> where
-    it is now, -1 = gone · bias: Float[*B N], added to attention logits per key, in log space
+    · position: Float[*#B N C] coordinates, -1 where invalid; one row may stand for all examples
+    · source: Int[*B S], original -> where it is now, -1 = gone
+    · bias: Float[*B N], added to attention logits per key, in log space
     · policy: Float[*B N], multiplies attention's exponentials per key
     · extra: named per-token running quantities [*B N ...]
     · prefix: protected tokens in front, static · proportional: attention adds log(size), static
@@ -114,6 +115,9 @@ def move(
     position='keep', the representative's; bias and extra the size-weighted mean, policy the
     maximum; source follows.
     """
+    if tokens.position is not None:
+        every = (*tokens.batch, *tokens.position.shape[-2:])
+        tokens = tokens.replace(position=jnp.broadcast_to(tokens.position, every))
     if isinstance(map_, Keep):
         return _kept(tokens, map_, map_.apply(tokens.x, how, weight=weight))
     by_size = how is None and weight is None

@@ -4,7 +4,8 @@ import pytest
 
 COMMON = ("shapes", "invariance", "alone", "numerics", "gradients", "devices")
 TEXT = (*COMMON, "sequences", "decoding")
-THEMES = {"vit": (*COMMON, "images"), "decoder": TEXT, "experts": TEXT}
+IMAGES = (*COMMON, "images")
+THEMES = {"vit": IMAGES, "vit_mean": IMAGES, "decoder": TEXT, "experts": TEXT, "pairs": COMMON}
 
 pytest.register_assert_rewrite(
     *(f"tests.conformance.{theme}" for themes in THEMES.values() for theme in themes)

@@ -21,6 +21,8 @@ from tokred.tokens import Tokens, make_tokens
 
 def layout_of(row: Row, grid: tuple[int, int], prefix: int) -> Layout:
     layout = MODELS[row.model].even.layout
+    if layout.grid[0] == 1:  # a sequence
+        grid = (1, grid[0] * grid[1])
     return dataclasses.replace(layout, grid=grid, prefix=prefix, tokens=prefix + grid[0] * grid[1])
 
 

@@ -122,7 +122,7 @@ def check_skipped_tokens_have_no_entry(row: Row) -> None:
     np.testing.assert_array_equal(cache.seen, prompts() + STEPS)
     held = cache.occupancy()
     for layer, slots in enumerate(cache.layers):
-        entered = seen.copy()
+        entered = seen & (np.asarray(report.sources[layer]) >= 0)
         for kind in SKIPPING:
             if map_ := report.maps.get(f"{kind}_{layer}"):
                 entered &= np.asarray(map_.source) >= 0

@@ -8,16 +8,29 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tests.methods_table import Extra
-from tokred.models import Decoder, DecoderConfig, ViT, ViTConfig
+from tokred.models import (
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    ViT,
+    ViTConfig,
+)
 from tokred.plan import Plan
 from tokred.report import Call, Report
 
 BATCH = 8
-Config = ViTConfig | DecoderConfig
+Config = ViTConfig | DecoderConfig | EncoderDecoderConfig
 Result = tuple[Array, Report]
 PATCHES: dict[str, Any] = {"patch": (4, 4), "width": 16, "depth": 4, "heads": 2, "classes": 5}
 WORDS: dict[str, Any] = {
     "vocab": 13, "width": 16, "depth": 4, "heads": 4, "kv_heads": 2, "hidden": 24,
+}  # fmt: skip
+
+
+PAIR: dict[str, Any] = {
+    "vocab": 13, "width": 16, "depth": 4, "decoder_depth": 1, "heads": 2, "head_dim": 8,
+    "hidden": 24, "buckets": 8, "max_distance": 16, "target_context": 4,
 }  # fmt: skip
 
 
@@ -81,6 +94,37 @@ class Language:
         return model.logits(tokens), report
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """ids [B N] of a source; the target is the same for all."""
+
+    odd: EncoderDecoderConfig
+    even: EncoderDecoderConfig
+
+    def make(self, config: EncoderDecoderConfig, plan: Plan, rngs: Any) -> EncoderDecoder:
+        return EncoderDecoder(config, plan=plan, rngs=rngs)
+
+    def inputs(self, config: EncoderDecoderConfig, seed: int) -> Array:
+        return jax.random.randint(jax.random.key(seed), (BATCH, config.context), 0, config.vocab)
+
+    def nudge(self, config: EncoderDecoderConfig) -> Array:
+        """As of images, but added to the embedded source."""
+        return jnp.zeros((BATCH, config.context, config.width))
+
+    def kernels(self, config: EncoderDecoderConfig) -> int:
+        return 7 * config.depth + 11 * config.decoder_depth + (not config.tie)
+
+    def run(
+        self, model: EncoderDecoder, x: Array, valid: Any, plan: Plan, call: Call, extra: Any,
+        nudge: Any,
+    ) -> Result:  # fmt: skip
+        target = jnp.broadcast_to(jnp.arange(model.config.target_context), (len(x), 4))
+        tokens = model.tokens(x, valid)
+        tokens = tokens if nudge is None else tokens.replace(x=tokens.x + nudge)
+        memory, report = model.encode_tokens(tokens, plan=plan, call=call)
+        return model.decode(target, memory, call=call), report
+
+
 def _language(**more: Any) -> Language:
     """`even` has windows and a head of its own."""
     even = DecoderConfig(context=16, window=6, global_every=2, tie=False, **WORDS, **more)
@@ -93,12 +137,23 @@ MODELS: dict[str, Any] = {
         ViTConfig(image_size=(12, 20), **PATCHES),
         ViTConfig(image_size=(16, 16), registers=2, **PATCHES),
     ),
+    # The same with the mean of the patches for a class token's view.
+    "vit_mean": Vision(
+        ViTConfig(image_size=(12, 20), pool="mean", **PATCHES),
+        ViTConfig(image_size=(16, 16), pool="mean", registers=2, **PATCHES),
+    ),
     "decoder": _language(),
     "experts": _language(experts=3),
+    "pairs": Pairs(
+        EncoderDecoderConfig(context=15, **PAIR),
+        EncoderDecoderConfig(context=16, sink=True, **PAIR),
+    ),
 }
 
 
 def kind_of(config: Config) -> Any:
+    if isinstance(config, EncoderDecoderConfig):
+        return MODELS["pairs"]
     return MODELS["vit" if isinstance(config, ViTConfig) else "decoder"]
 
 

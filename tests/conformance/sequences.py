@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
-from tests.conformance.models import BATCH, MODELS, kind_of
+from tests.conformance.models import BATCH, MODELS, Result, kind_of
 from tests.conformance.setting import KEY, decoding, even, inputs_of, odd, plan_of, run_of
 from tests.methods_table import Row
 from tokred import cost
@@ -17,18 +18,23 @@ from tokred.report import Call
 PADDED = 4
 
 
+def of_originals(result: Result) -> Array:
+    """Logits in the places of the tokens that they are of, 0 where tokens left."""
+    logits, report = result
+    return report.restore(logits)
+
+
 def check_padding_changes_nothing(row: Row) -> None:
     """On the right, on the left, and whatever its ids are."""
     config = even(row)
     run = run_of(row, config, plan_of(row, config, row.hard))
     n = config.context - PADDED
     ids = inputs_of(config)[:, :n]
-    expected, _ = run(ids)
+    expected = of_originals(run(ids))
     for padding, other in (((0, PADDED), 3), ((PADDED, 0), 5)):
         wide = jnp.pad(ids, ((0, 0), padding), constant_values=other)
         valid = jnp.pad(jnp.ones(ids.shape, bool), ((0, 0), padding))
-        logits, _ = run(wide, valid)
-        found = logits[:, padding[0] : padding[0] + n]
+        found = of_originals(run(wide, valid))[:, padding[0] : padding[0] + n]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 

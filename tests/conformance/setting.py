@@ -137,7 +137,7 @@ def loss_of(graph: Any, row: Row, plan: Plan, remat: int = 0) -> Callable[..., A
 
     def loss(state: Any, inputs: Array, key: Array, nudge: Array | None = None) -> Any:
         model = nnx.merge(graph, state)
-        call = Call(key=key, train=True, remat=remat)
+        call = Call(states=plan.init(), key=key, train=True, remat=remat)
         run = kind_of(model.config).run
         logits, report = run(model, inputs, None, plan, call, row.extra, nudge)
         fit = (jax.nn.log_softmax(logits)[..., 0]).mean()

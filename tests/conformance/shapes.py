@@ -1,6 +1,7 @@
 """Counts, maps, sources and sizes: what the schedule promises is what happens."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -35,10 +36,12 @@ def reports(row: Row) -> list[tuple[Report, np.ndarray, int]]:
     return [(easy_report, full, small.prefix), (report, valid, config.layout.prefix)]
 
 
-def split(site: str) -> tuple[str, int]:
-    """('around_mlp', 3) of 'around_mlp_3'; ('input', 0) of 'input'."""
-    kind, _, layer = site.rpartition("_")
-    return (kind, int(layer)) if layer.isdigit() else (site, 0)
+def split(site: str) -> tuple[str, int, int]:
+    """('around_mlp', 3, 3) of 'around_mlp_3'; ('around', 1, 2) of 'around_1_2', from and to;
+    ('input', 0, 0) of 'input'."""
+    kind, *layers = re.split(r"_(?=\d)", site)
+    first, *_, last = [int(layer) for layer in layers * 2] or (0, 0)
+    return kind, first, last
 
 
 def check_row_is_true(row: Row) -> None:
@@ -57,10 +60,11 @@ def check_plan_is_static(row: Row) -> None:
 
 def check_counts_as_promised(row: Row) -> None:
     for report, _, _ in reports(row):
-        assert report.tokens.n == report.counts[-1].out
+        assert report.tokens.n == _end(report)
         for site, map_ in report.maps.items():
-            kind, layer = split(site)
-            _fits(kind, map_.n, map_.sizes().shape[-1], report.counts[layer])
+            kind, first, last = split(site)
+            count = report.counts[first]._replace(out=report.counts[last].out)
+            _fits(kind, map_.n, map_.sizes().shape[-1], count)
     assert report_of(row, easy(row))[1].tokens.n == row.left
 
 
@@ -68,6 +72,10 @@ def _fits(kind: str, n: int, k: int, count: LayerCount) -> None:
     """A map at a site of a layer with these counts."""
     if kind == "mid":
         assert (n, k) == (count.queries, count.mlp)
+    elif kind == "after":
+        assert (n, k) == (count.mlp, count.out)
+    elif kind == "output":
+        assert k <= n
     elif kind in AROUND:
         assert (n, k) == (count.out, count.mlp if kind == "around_mlp" else count.queries)
     else:
@@ -92,8 +100,14 @@ def _left(row: Row, options: Options) -> tuple[set[int], int]:
     assert np.isfinite(logits).all()
     if routes(plan):
         return {map_.k for map_ in report.maps.values()}, 0
-    assert report.tokens.n == report.counts[-1].out
+    assert report.tokens.n == _end(report)
     return {report.tokens.n}, odd(row).layout.prefix
+
+
+def _end(report: Report) -> int:
+    """Tokens after the last layer, or after what stands behind it."""
+    last = report.maps.get("output")
+    return report.counts[-1].out if last is None else last.sizes().shape[-1]
 
 
 def check_prefix_stays_in_place(row: Row) -> None:
@@ -106,18 +120,22 @@ def check_prefix_stays_in_place(row: Row) -> None:
 
 
 def check_sources_are_the_maps_composed(row: Row) -> None:
-    """Maps around a layer act inside it alone."""
+    """Maps around layers act inside them alone."""
     for report, valid, _ in reports(row):
         where = np.where(valid, np.arange(valid.shape[1])[None], -1)
+        spans = [(len(report.counts), where)]  # that are open, and to which layer
         for site, map_ in report.maps.items():
-            kind, layer = split(site)
+            kind, first, last = split(site)
+            spans = [span for span in spans if span[0] >= first]
+            where = spans[-1][1]
             step = np.take_along_axis(np.asarray(map_.source), np.maximum(where, 0), 1)
             moved = np.where(where >= 0, step, -1)
             if kind not in AROUND:
-                where = moved
+                spans[-1] = spans[-1][0], moved
             elif kind != "around_mlp" and map_.k:
-                np.testing.assert_array_equal(report.sources[layer], moved)
-        np.testing.assert_array_equal(report.tokens.sources(), where)
+                np.testing.assert_array_equal(report.sources[last], moved)
+                spans.append((last, moved))
+        np.testing.assert_array_equal(report.tokens.sources(), spans[0][1])
 
 
 def check_sizes_count_originals(row: Row) -> None:

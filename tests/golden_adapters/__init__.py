@@ -2,14 +2,28 @@
 
 from collections.abc import Mapping
 
+from tests.golden_adapters.boundaries import BOUNDARIES
 from tests.golden_adapters.case import Adapter
 from tests.golden_adapters.core import CORE
+from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
+from tests.golden_adapters.gates import GATES
+from tests.golden_adapters.spans import SPANS
 from tests.golden_adapters.vit import VIT
 from tests.golden_adapters.widths import WIDTHS
 
 FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
-    "core": {**CORE, **DEPTH_TEXT, **DEPTH_VISION, **WIDTHS},
+    "core": {
+        **CORE,
+        **DELETION,
+        **DEPTH_TEXT,
+        **DEPTH_VISION,
+        **SPANS,
+        **WIDTHS,
+        **GATES,
+        **BOUNDARIES["core"],
+    },
+    "gen": BOUNDARIES["gen"],
     "vit": VIT,
 }

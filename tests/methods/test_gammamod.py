@@ -14,15 +14,14 @@ from tokred.methods import make_plan
 from tokred.methods.gammamod import (
     CACHED,
     NORMED,
-    POSITIONS,
     GammaMoD,
     arank,
     default_layers,
     head_ranks,
     lowest_layers,
     measure_ranks,
-    renumber,
 )
+from tokred.methods.routing import POSITIONS, renumber
 from tokred.models import Decoder
 from tokred.tokens import make_tokens
 

@@ -20,6 +20,11 @@ def test_html_shades_each_token_by_the_layers_it_entered():
     assert "(1, 3)" in page
 
 
+def test_spans_are_named_by_their_ends():
+    page = routing_html([PIECES], {"around_2_4": ROUTED["around_1"]})
+    assert "(2-4)" in page and 'title="layers 2-4"' in page
+
+
 def test_text_marks_every_token_below_its_line():
     one = {site: table[0] for site, table in ROUTED.items()}
     assert routing_text(PIECES, one, width=3) == "a<b\n#5.\n·\n5"

@@ -1,6 +1,7 @@
 """The time of decoding step by step, at a share of layers entered that is set, not learned."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,9 +143,10 @@ def decode_steps(
     gives (cache, ids [steps B], by site the share of tokens that entered)."""
     merge, params, rest = split(model, plan)
     entries = {
-        site.layer: share
+        layer: share
         for site, r in plan.steps
         if isinstance(r, Drawn) and site.kind != "around_mlp"
+        for layer in site.layers
     }
 
     def f(cache: KVCache, params: Any, rest: Any, key: Array) -> Any:
@@ -167,7 +169,7 @@ def decode_steps(
     return f, params, rest
 
 
-def fill(cache: KVCache, count: int, shares: Mapping[int | None, float]) -> KVCache:
+def fill(cache: KVCache, count: int, shares: Mapping[int, float]) -> KVCache:
     """The cache as if `count` tokens had been seen; shares: of those with an entry, by layer, 1 by
     default. What the entries hold stays as it is."""
 
@@ -195,7 +197,8 @@ def token_macs(model: Decoder, plan: Plan, shares: Mapping[str, float], tokens: 
     share = lambda kind, layer: shares.get(f"{kind}_{layer}", 1.0)  # noqa: E731
     total = config.outer_macs(1)
     for layer in range(config.depth):
-        whole = share("around", layer)
+        spans = (shares.get(site.name, 1.0) for site, _ in plan.enclosing(layer))
+        whole = share("around", layer) * math.prod(spans)
         attended, fed = whole * share("around_attention", layer), whole * share("around_mlp", layer)
         total += config.layer_macs(attended, attended, attended * tokens, fed)
     return total + sum(r.macs(1, config.layout) for _, r in plan.steps)

@@ -4,13 +4,13 @@ One walk gives the counts and one formula the cost, for the integers of a packed
 differentiable floats of a rate that is still being learned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from tokred.plan import Ask, Layout, Plan, Reduction, Site
+from tokred.plan import Ask, Layout, Plan, Reduction, Site, Step
 from tokred.report import Report
 
 Number = Any  # int, float or a traced scalar
@@ -134,14 +134,20 @@ def _whole(config: Costed, plan: Plan, layout: Layout) -> _Walk:
 def _walk(config: Costed, plan: Plan, count: Callable[..., Number], layout: Layout) -> _Walk:
     walk = _Walk()
 
-    def after(kind: str, layer: int | None, n: Number) -> Number:
-        for site, reduction in plan.at(kind, layer):
+    def passed(steps: Iterable[Step], n: Number) -> Number:
+        for site, reduction in steps:
             walk.reductions.append((site, reduction, n))
             n = count(site, reduction, n)
         return n
 
-    n = after("input", None, layout.tokens)
+    def after(kind: str, layer: int | None, n: Number) -> Number:
+        return passed(plan.at(kind, layer), n)
+
+    n, outside = after("input", None, layout.tokens), []
     for layer in range(config.depth):
+        for step in plan.opening(layer):
+            outside.append(n)
+            n = passed((step,), n)
         n = after("before", layer, n)
         inner = after("around", layer, n)
         projected = after("around_attention", layer, inner)
@@ -153,6 +159,8 @@ def _walk(config: Costed, plan: Plan, count: Callable[..., Number], layout: Layo
         mlp = after("around_mlp", layer, middle)
         walk.layers.append(_Layer(projected, queries, keys, mlp))
         n = n if _differ(n, inner) else after("after", layer, middle)
+        for _ in plan.closing(layer):
+            n = outside.pop()
     walk.tokens = after("output", None, n)
     return walk
 

@@ -31,12 +31,18 @@ class Records(Sequence[bytes]):
 
 
 def open_text_set(
-    name: str, split: str, data_dir: str | PathLike | None = None, *, others: Sequence[str] = ()
+    name: str,
+    split: str,
+    data_dir: str | PathLike | None = None,
+    *,
+    language: str = "",
+    others: Sequence[str] = (),
 ) -> tuple[Records, str]:
     """The texts of one split of a prepared set, and its fingerprint (name, version, sizes).
 
     name: 'name' or 'name/config', also with ':version'. split: 'train', 'valid' or 'test'; see
-    stored_split for sets that lack one. others: further names to propose for a misspelt one.
+    stored_split for sets that lack one. language: of a set whose splits are languages, such as
+    c4/multilingual. others: further names to propose for a misspelt one.
     Raises ValueError for an unknown name or a set without text, FileNotFoundError for a set that
     is not prepared on this machine.
     """
@@ -44,8 +50,10 @@ def open_text_set(
     feature = find_text_feature(name, builder.info)
     if not builder.info.splits:
         raise FileNotFoundError(_how_to_prepare(name, data_dir))
+    stored = builder.info.splits
+    chosen = split_of_language(split, stored, language) if language else stored_split(split, stored)
     try:
-        source = builder.as_data_source(split=stored_split(split, builder.info.splits))
+        source = builder.as_data_source(split=chosen)
     except NotImplementedError:
         raise FileNotFoundError(_how_to_prepare(name, data_dir, in_other_format=True)) from None
     return Records(source, feature), _fingerprint(builder.info)
@@ -108,6 +116,19 @@ def stored_split(split: str, stored: Collection[str]) -> str:
     if split == "train" and lacking:
         return f"train[:{100 - SHARE * len(lacking)}%]"
     return STORED[split]
+
+
+def split_of_language(split: str, stored: Collection[str], language: str) -> str:
+    """The same of a set that stores 'en' to train on and 'en-validation', for each language.
+
+    Raises ValueError for a language that it lacks.
+    """
+    valid = f"{language}-validation"
+    if language not in stored:
+        known = sorted(key for key in stored if not key.endswith("-validation"))
+        raise ValueError(f"languages must be among {known}, got {language!r}: change languages.")
+    own = {"train", "validation"} if valid in stored else {"train"}
+    return stored_split(split, own).replace("validation", valid).replace("train", language)
 
 
 def _fingerprint(info: Any) -> str:

@@ -40,9 +40,7 @@ class DynamicViT(Reduction):
         return prefix + self.k
 
     def macs(self, n: int, layout: Layout) -> int:
-        d = layout.width
-        per_token = d * d + d * (d // 2) + (d // 2) * (d // 4) + 2 * (d // 4)
-        return (n - layout.prefix) * per_token
+        return (n - layout.prefix) * predictor_macs(layout.width)
 
     def build(self, width: int, heads: int, rngs: nnx.Rngs) -> KeepPredictor:
         return KeepPredictor(width, rngs=rngs)
@@ -69,7 +67,7 @@ class DynamicViT(Reduction):
             return self._soft(tokens, chances, kept, state, key, train)
         if self.idle(tokens.n, tokens.prefix):
             return tokens, None, state, {}
-        scores = _with_front(chances[..., 0], tokens.prefix, 0.0)
+        scores = with_front(chances[..., 0], tokens.prefix, 0.0)
         map_ = keep_top_k(scores, self.k, prefix=tokens.prefix, valid=tokens.valid)
         return move(tokens, map_), map_, state, {}
 
@@ -83,7 +81,7 @@ class DynamicViT(Reduction):
             alive = None if tokens.valid is None else tokens.valid[..., tokens.prefix :]
             chosen = keep_top_k(scores, min(self.k, scores.shape[-1]), valid=alive)
             decision = kept * (chosen.source >= 0)
-        policy = _with_front(decision, tokens.prefix, 1.0)
+        policy = with_front(decision, tokens.prefix, 1.0)
         present = jnp.maximum((tokens.sizes()[..., tokens.prefix :] > 0).sum(-1), 1)
         share = decision.sum(-1) / present
         aux = {
@@ -94,7 +92,14 @@ class DynamicViT(Reduction):
         return tokens.replace(policy=policy, policy_eps=self.eps), None, state, aux
 
 
-def _with_front(body: Float[Array, "*B P"], prefix: int, value: float) -> Float[Array, "*B N"]:
+def predictor_macs(width: int) -> int:
+    """Of `KeepPredictor`, per token."""
+    half, quarter = width // 2, width // 4
+    return width * width + width * half + half * quarter + 2 * quarter
+
+
+def with_front(body: Float[Array, "*B P"], prefix: int, value: float) -> Float[Array, "*B N"]:
+    """`value` for the protected tokens, in front."""
     front = jnp.full((*body.shape[:-1], prefix), value, body.dtype)
     return jnp.concatenate([front, body], axis=-1)
 

@@ -23,7 +23,6 @@ from tokred.plan import Ask, Layout, Plan, Reduction, Site, require_module
 from tokred.tokens import Tokens
 
 NORMED, CACHED, PROBS = Ask("normed"), Ask("cached"), Ask("probs")
-POSITIONS = ("renumber", "keep")
 DENSE_LAYERS = (0, 1, 2)  # released default, and the last one
 ENTER = 0.5  # a token that is decoded enters from this probability on
 
@@ -64,10 +63,7 @@ class GammaMoD(Reduction):
         for field in ("keep", "cache", "prefill"):
             if getattr(self, field) is not None:
                 routing.check_share("gammamod", field, getattr(self, field))
-        if self.positions not in POSITIONS:
-            raise ValueError(
-                f"gammamod: positions={self.positions!r} must be one of {POSITIONS}; change it."
-            )
+        routing.check_positions("gammamod", self.positions)
         if self.routable is not None and self.routable < 1:
             raise ValueError(f"gammamod: routable={self.routable} must be at least 1; raise it.")
 
@@ -117,7 +113,7 @@ class GammaMoD(Reduction):
         map_, aux = self._choose(tokens, logits, chance, twin)
         reduced, map_, weight = routing.enter(tokens, map_, chance, twin=twin)
         if self.positions == "renumber":
-            reduced = renumber(reduced, evidence[CACHED.name][..., :1])
+            reduced = routing.renumber(reduced, evidence[CACHED.name][..., :1])
         aux |= routing.describe(routing.selected(map_), tokens.valid)
         aux |= {"score": chance, "combine": Combine(weight, rule="mlp_branch")}
         return reduced, map_, state, aux
@@ -151,16 +147,6 @@ class GammaMoD(Reduction):
             return jnp.zeros((*tokens.batch, tokens.n), bool)
         protected = routing.require_extra("gammamod", tokens, "protected").astype(bool)
         return protected if tokens.valid is None else protected & tokens.valid
-
-
-def renumber(tokens: Tokens, held: Float[Array, "*B 1"] | Int[Array, "*B 1"]) -> Tokens:
-    """Tokens at the places held, held + 1, ... in the order of their slots; documents stay."""
-    if tokens.position is None:
-        return tokens
-    entered = jnp.ones((*tokens.batch, tokens.n), bool) if tokens.valid is None else tokens.valid
-    place = held + jnp.cumsum(entered, axis=-1) - 1
-    place = jnp.where(entered, place, -1)[..., None].astype(tokens.position.dtype)
-    return tokens.replace(position=jnp.concatenate([place, tokens.position[..., 1:]], axis=-1))
 
 
 def head_ranks(

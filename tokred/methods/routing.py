@@ -15,12 +15,19 @@ from tokred.plan import Layout
 from tokred.select import keep_top_k
 from tokred.tokens import Tokens, move
 
+POSITIONS = ("renumber", "keep")
 Routed = tuple[Tokens, Keep, Float[Array, "*B K"]]
 
 
 def alternate_layers(layout: Layout) -> tuple[int, ...]:
     """Every second layer, the first one dense."""
     return tuple(range(1, layout.depth, 2))
+
+
+def inner_span(layout: Layout) -> tuple[int, int]:
+    """First and last layer of all but the first and the last quarter."""
+    outer = layout.depth // 4
+    return outer, layout.depth - 1 - outer
 
 
 def share_of(count: int, share: float) -> int:
@@ -115,6 +122,35 @@ def enter(tokens: Tokens, map_: Keep, weight: Float[Array, "*B N"], *, twin: str
     """(tokens that enter, map, their weights): gathered, or masked in their slots."""
     map_ = map_.masked() if twin != "packed" and map_.k != map_.n else map_
     return move(tokens, map_), map_, gather(weight, map_.index, axis=weight.ndim - 1)
+
+
+def renumber(tokens: Tokens, held: Float[Array, "*B 1"] | Int[Array, "*B 1"] | int = 0) -> Tokens:
+    """Tokens at the places held, held + 1, ... in the order of their slots; documents stay."""
+    if tokens.position is None:
+        return tokens
+    entered = jnp.ones((*tokens.batch, tokens.n), bool) if tokens.valid is None else tokens.valid
+    place = held + jnp.cumsum(entered, axis=-1) - 1
+    place = jnp.where(entered, place, -1)[..., None].astype(tokens.position.dtype)
+    rest = tokens.position[..., 1:]
+    rest = jnp.broadcast_to(rest, (*tokens.batch, *rest.shape[-2:]))
+    return tokens.replace(position=jnp.concatenate([place, rest], axis=-1))
+
+
+def check_positions(method: str, positions: str) -> None:
+    """Raises ValueError for what is none of `POSITIONS`."""
+    if positions not in POSITIONS:
+        raise ValueError(
+            f"{method}: positions={positions!r} must be one of {POSITIONS}; change it."
+        )
+
+
+def check_sequence(method: str, layout: Layout) -> None:
+    """Raises ValueError for a model whose tokens form a grid, or have others in front."""
+    if layout.prefix or layout.grid[0] != 1:
+        raise ValueError(
+            f"{method}: cuts a sequence, and this model reads a grid of {layout.grid} with "
+            f"{layout.prefix} tokens in front; use a decoder."
+        )
 
 
 def selected(map_: Keep) -> Bool[Array, "*B N"]:

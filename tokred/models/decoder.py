@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import KVCache, make_cache
 from tokred.models.sizes import DECODERS
-from tokred.nn.decoder_block import ACTIVATIONS, BlockShape, DecoderBlock
+from tokred.nn.decoder_block import BlockShape, DecoderBlock
 from tokred.nn.layers import Layers
+from tokred.nn.mlp import ACTIVATIONS
 from tokred.nn.norm import RMSNorm
 from tokred.plan import AROUND, Layout, Plan, nearest
 from tokred.report import Call, Report, make_report, reduce_model
@@ -171,7 +172,8 @@ def decoder_config(name: str, **changes: Any) -> DecoderConfig:
 
 
 class Decoder(nnx.Module):
-    """ids [B N] -> (logits [B N vocab], Report), under any Plan.
+    """ids [B N] -> (logits [B K vocab], Report), under any Plan. K = N unless tokens leave: then
+    `Report.restore` puts the logits in place.
 
     plan: only its learned reductions matter here; their modules become `reductions`.
     """
@@ -199,7 +201,7 @@ class Decoder(nnx.Module):
         position: Num[Array, "B N"] | None = None,
         document: Int[Array, "B N"] | None = None,
         extra: dict[str, Array] | None = None,
-    ) -> tuple[Float[Array, "B N vocab"], Report]:
+    ) -> tuple[Float[Array, "B K vocab"], Report]:
         """valid: which tokens are real (None: all), padding on either side. position: of each token
         (None: counted over the valid ones); document: tokens of different ones do not see each
         other. extra: per-token arrays [B N ...] that reductions read by name. Static: plan.
@@ -224,7 +226,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B N"] | None = None,
         extra: dict[str, Array] | None = None,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "B N vocab"], KVCache, Report]:
+    ) -> tuple[Float[Array, "B K vocab"], KVCache, Report]:
         """Prefill, or N more tokens: they follow those that `cache` has seen.
 
         fresh: the cache is empty, so that the tokens need not look at its slots; static. Other
@@ -243,11 +245,11 @@ class Decoder(nnx.Module):
         """An empty cache for sequences of up to `length` tokens; layers that tokens may skip hold
         as many slots as their reduction asks for (`Reduction.cached`)."""
         c = self.config
-        slots = [
-            min([length, *(r.cached(length) for kind in AROUND for _, r in plan.at(kind, layer)
-                           if kind != "around_mlp")])
+        skipped = [
+            (*plan.at("around", layer), *plan.at("around_attention", layer), *plan.enclosing(layer))
             for layer in range(c.depth)
-        ]  # fmt: skip
+        ]
+        slots = [min([length, *(r.cached(length) for _, r in steps)]) for steps in skipped]
         head_dim = c.shape(0).head_dim
         return make_cache(batch, c.groups, slots, head_dim, c.dtype or c.param_dtype)
 
@@ -306,8 +308,8 @@ def _positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
     return seen[:, None] + jnp.cumsum(ones, axis=-1) - 1
 
 
-def check_ids(ids: Any, config: DecoderConfig, plan: Plan) -> None:
-    """Raises where ids do not fit the model, or (concrete ones only) lie outside the vocabulary."""
+def check_ids(ids: Any, config: Any, plan: Plan) -> None:
+    """Raises where ids do not fit a model's `context`, or (concrete ones only) its `vocab`."""
     if ids.ndim != 2:
         raise ValueError(f"ids: expected shape (B, N), got {ids.shape}; add or remove axes.")
     if not jnp.issubdtype(ids.dtype, jnp.integer):

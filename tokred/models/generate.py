@@ -1,4 +1,4 @@
-"""Sampling from a decoder: prefill, then steps under one scan, all with static shapes."""
+"""Sampling from decoders: prefill, then steps under one scan, all with static shapes."""
 
 import functools
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tokred.cache import KVCache
-from tokred.models.decoder import Decoder
 from tokred.ops import gather, top_k
 from tokred.plan import Plan
 from tokred.report import Call
@@ -60,7 +59,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    model: Decoder,
+    model: Any,
     prompt: Int[Array, "B N"],
     *,
     steps: int,
@@ -75,6 +74,8 @@ def generate(
     skip: bool = True,
 ) -> Generated:
     """Continues prompts of different lengths (`valid`, padded on either side) by `steps` tokens.
+
+    model: a `Decoder`, or a `Conditioned` one, whose prompts begin with `encoder_decoder.START`.
 
     Steps run under the plan's causal twin: each token decides alone which layers it enters, and has
     an entry in their caches alone. prefill: the twin for the prompt, 'causal', or 'packed' where
@@ -91,7 +92,7 @@ def generate(
     length = _check_length(model, n, steps, length)
     cache = model.make_cache(prompt.shape[0], length, plan=plan)
     extra = {**(extra or {}), "generated": jnp.full(prompt.shape, -1, jnp.int32)}
-    logits, cache, _ = model.extend(
+    logits, cache, report = model.extend(
         prompt,
         cache,
         plan=plan.with_twin(prefill),
@@ -100,7 +101,7 @@ def generate(
         extra=extra,
         fresh=True,
     )
-    first = _last(logits, valid)
+    first = _last(report.restore(logits), valid)  # tokens of the prompt may have left
     take = functools.partial(
         _step, model, plan.with_twin("causal"), extra, sampling, key, end, skip
     )
@@ -115,7 +116,7 @@ def generate(
 
 
 def _step(
-    model: Decoder,
+    model: Any,
     plan: Plan,
     extra: Mapping[str, Array],
     sampling: Sampling,
@@ -156,7 +157,7 @@ def _last(logits: Float[Array, "B N V"], valid: Any) -> Float[Array, "B V"]:
     return gather(logits, last[:, None], axis=1)[:, 0]
 
 
-def _check_length(model: Decoder, n: int, steps: int, length: int | None) -> int:
+def _check_length(model: Any, n: int, steps: int, length: int | None) -> int:
     context = model.config.context
     if steps < 1:
         raise ValueError(f"generate: steps={steps} must be at least 1; raise steps.")

@@ -54,3 +54,22 @@ DECODERS: dict[str, dict[str, Any]] = {
         logit_cap=30.0, attention_cap=50.0, **_GEMMA,
     ),
 }  # fmt: skip
+
+
+def _t5(width: int, depth: int, decoder_depth: int, heads: int, hidden: int) -> dict[str, Any]:
+    return {
+        "width": width, "depth": depth, "decoder_depth": decoder_depth, "heads": heads,
+        "hidden": hidden,
+    }  # fmt: skip
+
+
+# tiny and mini are our own, the others ByT5's.
+BYTE_T5: dict[str, dict[str, Any]] = {
+    "byt5_tiny": _t5(128, 4, 2, 2, 320),
+    "byt5_mini": _t5(384, 6, 2, 6, 1024),
+    "byt5_small": _t5(1472, 12, 4, 6, 3584),
+    "byt5_base": _t5(1536, 18, 6, 12, 3968),
+    "byt5_large": _t5(1536, 36, 12, 16, 3840),
+    "byt5_xl": _t5(2560, 36, 12, 32, 6720),
+    "byt5_xxl": _t5(4672, 36, 12, 64, 12_352),
+}

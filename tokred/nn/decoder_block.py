@@ -3,28 +3,26 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Num
 
 from tokred.cache import LayerCache
 from tokred.nn.experts import Experts
-from tokred.nn.mlp import gelu
+from tokred.nn.mlp import GatedMlp
 from tokred.nn.norm import RMSNorm
 from tokred.nn.rotary import rotate
 from tokred.ops import attention, cached_attention, position_mask
 from tokred.tokens import Tokens
-
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 @dataclass(frozen=True)
 class BlockShape:
     """All that shapes a block; static.
 
-    hidden: of the gated MLP. activation: one of `ACTIVATIONS`. window: how many places back a query
-    sees, None for all. attention_cap: see `ops.attention`. norm_offset: added to the norms' scales.
+    hidden: of the gated MLP. activation: one of `mlp.ACTIVATIONS`. window: how many places back a
+    query sees, None for all. attention_cap: see `ops.attention`. norm_offset: added to the norms'
+    scales.
     post_norm: norms after the branches too (Gemma 2). experts: number of experts in place of one
     MLP, 0 for none, of which a token takes `experts_per_token`.
     """
@@ -48,27 +46,6 @@ class BlockShape:
     implementation: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-
-
-def activate(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """An activation by name, one of `ACTIVATIONS`."""
-    if kind == "silu":
-        return jax.nn.silu(x)
-    return gelu(x, "tanh" if kind == "gelu_tanh" else "exact")
-
-
-class GatedMlp(nnx.Module):
-    """down(act(gate x) * up x), without biases."""
-
-    def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
-        linear = lambda a, b: _linear(shape, a, b, False, rngs)  # noqa: E731
-        self.activation = shape.activation
-        self.gate = linear(shape.width, shape.hidden)
-        self.up = linear(shape.width, shape.hidden)
-        self.down = linear(shape.hidden, shape.width)
-
-    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
-        return self.down(activate(self.gate(x), self.activation) * self.up(x))
 
 
 def _linear(shape: BlockShape, a: int, b: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
@@ -186,14 +163,8 @@ def _after(norm: RMSNorm | None, update: Array) -> Array:
 
 
 def _mlp(shape: BlockShape, rngs: nnx.Rngs) -> Any:
+    kinds = {"dtype": shape.dtype, "param_dtype": shape.param_dtype, "rngs": rngs}
     if not shape.experts:
-        return GatedMlp(shape, rngs=rngs)
-    return Experts(
-        shape.width,
-        shape.hidden,
-        shape.experts,
-        top_k=shape.experts_per_token,
-        dtype=shape.dtype,
-        param_dtype=shape.param_dtype,
-        rngs=rngs,
-    )
+        return GatedMlp(shape.width, shape.hidden, activation=shape.activation, **kinds)
+    top_k = shape.experts_per_token
+    return Experts(shape.width, shape.hidden, shape.experts, top_k=top_k, **kinds)

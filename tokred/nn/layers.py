@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tokred.cache import LayerCache
-from tokred.nn.run import Here, Ran, run_block
-from tokred.plan import LayerCount, Plan, Site
+from tokred.cache import LayerCache, Memory
+from tokred.nn.run import Entered, Here, Ran, enter, run_block
+from tokred.plan import LayerCount, Plan, Reduction, Site
 from tokred.report import Call, Record
 from tokred.tokens import Tokens
 
@@ -39,14 +39,19 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """Blocks with what runs them: drop, stochastic-depth rate of every layer. scan: see `runs`."""
+    """Blocks with what runs them: drop, stochastic-depth rate of every layer; memories, what the
+    cross-attention of every layer looks at, empty for none. scan: see `runs`."""
 
     blocks: Sequence[Any]
     drop: Sequence[float] = ()
     scan: bool = False
+    memories: Sequence[Memory] = ()
 
     def rate(self, layer: int) -> float:
         return self.drop[layer] if self.drop else 0.0
+
+    def memory(self, layer: int) -> Memory | None:
+        return self.memories[layer] if self.memories else None
 
     def __call__(
         self,
@@ -57,38 +62,76 @@ class Layers:
         *,
         caches: Sequence[LayerCache] | None = None,
         fresh: bool = False,
+        only: range | None = None,
     ) -> LayersRan:
-        """Runs all blocks. counts: of the plan. caches: of every layer; with them nothing is
-        scanned, since stacking would copy them. fresh: see `Here`."""
-        records, sources, filled = (), [], []
+        """Runs all blocks, or only some that follow each other. counts: of the plan. caches: of
+        every layer; with them nothing is scanned, since stacking would copy them. fresh: see
+        `Here`.
+
+        Raises:
+          ValueError: caches, and a reduction around several layers in which no token decides alone;
+            or such layers that run only in part.
+        """
+        records, sources, filled, outside = (), [], [], []
         scan = self.scan and caches is None
-        for run in self.runs(plan, call, counts) if scan else _single(len(self.blocks)):
-            remat = jax.checkpoint if run.start < call.remat else lambda f: f
-            if run.repeats > 1:
-                tokens, more, at = self._scan(run, tokens, plan, call, remat)
-                records, sources = records + more, sources + at
-                continue
+        every = range(len(self.blocks)) if only is None else only
+        _check_whole(plan, every)
+        for run in self.runs(plan, call, counts, only) if scan else _single(every):
+            for site, reduction in plan.opening(run.start):
+                _check_caches(site, reduction, caches)
+                outside.append(self._enter(site, plan, call, tokens))
+                tokens, records = outside[-1].tokens, records + outside[-1].records
             cache = None if caches is None else caches[run.start]
-            ran = remat(functools.partial(self._layer, run.start, plan, call, cache, fresh))(tokens)
+            ran = self._run(run, tokens, plan, call, cache, fresh)
             tokens, records = ran.tokens, records + ran.records
-            sources.append(ran.source)
-            filled.append(ran.cache)
+            sources += ran.sources
+            filled += ran.caches or ()
+            for _ in plan.closing(run.start + _length(run) - 1):
+                tokens = outside.pop().put_back(tokens)
         return LayersRan(tokens, records, tuple(sources), None if caches is None else tuple(filled))
+
+    def _enter(self, site: Site, plan: Plan, call: Call, tokens: Tokens) -> Entered:
+        """What stands around several layers, at the first of them."""
+        first = site.layers.start
+        here = Here(dict(enumerate(self.blocks)), first, plan, call.in_layer(first))
+        entered = enter(here, site.kind, tokens, site.until)
+        if entered.combine.mlp_weight is not None:
+            raise ValueError(
+                f"Plan {plan.name!r}: rule='mlp_branch' means one layer's MLP and cannot stand at "
+                f"{site.name}; use rule='residual'."
+            )
+        return entered
+
+    def _run(
+        self, run: Run, tokens: Tokens, plan: Plan, call: Call, cache: Any, fresh: bool
+    ) -> LayersRan:
+        """One group of layers; none of them is run where no token is there."""
+        if tokens.n == 0:
+            return LayersRan(tokens, (), (tokens.sources(),) * _length(run), (cache,))
+        remat = jax.checkpoint if run.start < call.remat else lambda f: f
+        if run.repeats > 1:
+            return self._scan(run, tokens, plan, call, remat)
+        ran = remat(functools.partial(self._layer, run.start, plan, call, cache, fresh))(tokens)
+        return LayersRan(ran.tokens, ran.records, (ran.source,), (ran.cache,))
 
     def _layer(
         self, layer: int, plan: Plan, call: Call, cache: Any, fresh: bool, tokens: Tokens
     ) -> Ran:
         blocks = dict(enumerate(self.blocks))
-        call = call.in_layer(layer)
-        return run_block(Here(blocks, layer, plan, call, self.rate(layer), cache, fresh), tokens)
+        call, memory = call.in_layer(layer), self.memory(layer)
+        here = Here(blocks, layer, plan, call, self.rate(layer), cache, fresh, memory)
+        return run_block(here, tokens)
 
-    def runs(self, plan: Plan, call: Call, counts: Sequence[LayerCount]) -> list[Run]:
+    def runs(
+        self, plan: Plan, call: Call, counts: Sequence[LayerCount], only: range | None = None
+    ) -> list[Run]:
         """Groups of equal layers that repeat: equal blocks and reductions which put back as many
         tokens as came, and ask for nothing of other layers. Compiling gets faster, but a step
         copies the weights once."""
-        kinds = [self._kind(layer, plan, call, counts) for layer in range(len(self.blocks))]
-        found, start = [], 0
-        while start < len(kinds):
+        only = range(len(self.blocks)) if only is None else only
+        kinds = [self._kind(layer, plan, call, counts) for layer in range(only.stop)]
+        found, start = [], only.start
+        while start < only.stop:
             best = max((_repeat(kinds, start, p) for p in PERIODS), key=_length)
             found.append(best if best.repeats > 1 else Run(start, 1, 1))
             start += _length(found[-1])
@@ -96,19 +139,17 @@ class Layers:
 
     def _kind(self, layer: int, plan: Plan, call: Call, counts: Sequence[LayerCount]) -> Any:
         """What makes two layers equal; None for a layer that must run alone."""
-        steps = [step for step in plan.steps if step[0].layer == layer]
+        steps, spans = plan.of_layer(layer), plan.enclosing(layer)
         far = any(ask.layer for _, reduction in steps for ask in reduction.asks)
         before = counts[layer - 1].out if layer else None
-        changes = before is not None and counts[layer].out != before
+        changes = not spans and before is not None and counts[layer].out != before
         if far or changes or plan.stored_at(layer):
             return None
         modules = [_graph(call.modules.get(r.module_name(site))) for site, r in steps]
         sites = [(site.kind, reduction) for site, reduction in steps]
-        return _graph(self.blocks[layer]), sites, modules
+        return _graph(self.blocks[layer]), sites, modules, [site for site, _ in spans]
 
-    def _scan(
-        self, run: Run, tokens: Tokens, plan: Plan, call: Call, remat: Any
-    ) -> tuple[Tokens, tuple[Record, ...], list[Array]]:
+    def _scan(self, run: Run, tokens: Tokens, plan: Plan, call: Call, remat: Any) -> LayersRan:
         group = range(run.start, run.start + run.period)
         graphs = {layer: _graph(self.blocks[layer]) for layer in group}
         own = {n: _graph(call.modules[n]) for n in _names(plan, group) if n in call.modules}
@@ -122,7 +163,10 @@ class Layers:
             for j, layer in enumerate(group):
                 blocks = {layer: nnx.merge(graphs[layer], turn["blocks"][j])}
                 now = inner.in_layer(turn["number"] + j)
-                ran = run_block(Here(blocks, layer, plan, now, turn["drop"][j]), carry)
+                memory = self.memory(layer)  # of tokens, the same in all layers
+                ran = run_block(
+                    Here(blocks, layer, plan, now, turn["drop"][j], memory=memory), carry
+                )
                 carry, records = ran.tokens, records + ran.records
                 sources.append(ran.source)
             return carry, (records, sources)
@@ -136,7 +180,8 @@ class Layers:
             for i in range(run.repeats)
             for record in records
         ]
-        return tokens, tuple(told), [s[i] for i in range(run.repeats) for s in sources]
+        at = tuple(s[i] for i in range(run.repeats) for s in sources)
+        return LayersRan(tokens, tuple(told), at, None)
 
     def _turn(
         self, run: Run, number: int, plan: Plan, call: Call, own: Mapping[str, Any]
@@ -156,8 +201,26 @@ class Layers:
         }  # fmt: skip
 
 
-def _single(depth: int) -> list[Run]:
-    return [Run(layer, 1, 1) for layer in range(depth)]
+def _single(layers: range) -> list[Run]:
+    return [Run(layer, 1, 1) for layer in layers]
+
+
+def _check_caches(site: Site, reduction: Reduction, caches: Any) -> None:
+    if caches is not None and not reduction.decides:
+        raise ValueError(
+            f"{type(reduction).__name__} at {site.name} looks at earlier tokens, of which a cache "
+            "keeps nothing; decode by full passes, without a cache."
+        )
+
+
+def _check_whole(plan: Plan, only: range) -> None:
+    for site, _ in plan.spans:
+        inside = [layer in only for layer in site.layers]
+        if any(inside) and not all(inside):
+            raise ValueError(
+                f"Plan {plan.name!r}: only layers {only.start}..{only.stop - 1} run, a part of the "
+                f"span {site.name}; end the span at their border."
+            )
 
 
 def _length(run: Run) -> int:
@@ -181,8 +244,8 @@ def _graph(module: Any) -> Any:
 
 def _names(plan: Plan, group: range) -> list[str]:
     """Sites of these layers that have modules or states of their own."""
-    sites = [(site, r) for site, r in plan.steps if site.layer in group]
-    return sorted({site.name for site, r in sites if r.module_name(site) == site.name})
+    steps = (step for layer in group for step in plan.of_layer(layer))
+    return sorted({site.name for site, r in steps if r.module_name(site) == site.name})
 
 
 def _shifted(name: str, by: int) -> str:

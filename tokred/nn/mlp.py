@@ -1,10 +1,13 @@
-"""The two-layer perceptron of a transformer block."""
+"""The perceptrons of transformer blocks."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
@@ -33,3 +36,33 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
         return self.fc2(gelu(self.fc1(x), self.kind))
+
+
+def activate(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
+    """An activation by name, one of `ACTIVATIONS`."""
+    if kind == "silu":
+        return jax.nn.silu(x)
+    return gelu(x, "tanh" if kind == "gelu_tanh" else "exact")
+
+
+class GatedMlp(nnx.Module):
+    """down(act(gate x) * up x), without biases; activation: one of `ACTIVATIONS`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str = "silu",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        common = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation = activation
+        self.gate = nnx.Linear(width, hidden, **common)
+        self.up = nnx.Linear(width, hidden, **common)
+        self.down = nnx.Linear(hidden, width, **common)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))

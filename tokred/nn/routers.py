@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from tokred.nn.decoder_block import BlockShape, GatedMlp
-from tokred.nn.mlp import gelu
+from tokred.boundary import boundary_chance
+from tokred.nn.mlp import GatedMlp, gelu
+from tokred.nn.norm import RMSNorm
 
 
 class KeepPredictor(nnx.Module):
@@ -103,10 +104,84 @@ class DuoMlp(nnx.Module):
     """Duo-LLM: a small gated MLP beside a layer's own, and logits over (bypass, small, big)."""
 
     def __init__(self, width: int, hidden: int, *, activation: str = "silu", rngs: nnx.Rngs):
-        shape = BlockShape(width, 1, 1, width, hidden, activation=activation)
-        self.small = GatedMlp(shape, rngs=rngs)
+        self.small = GatedMlp(width, hidden, activation=activation, rngs=rngs)
         self.router = nnx.Linear(width, 3, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N 3"]:
         """The router's logits in float32."""
         return self.router(x.astype(jnp.float32))
+
+
+class DeleteGate(nnx.Module):
+    """MrT5: a logit per token in float32, above 0 to keep; at first around 1.
+
+    Source: Kallini et al. 2024, jkallini/mrt5 `SigmoidDeleteGate`.
+    """
+
+    def __init__(self, width: int, *, norm_eps: float = 1e-6, rngs: nnx.Rngs):
+        self.norm = RMSNorm(width, epsilon=norm_eps)
+        start, ones = nnx.initializers.xavier_uniform(), nnx.initializers.ones
+        self.score = nnx.Linear(width, 1, kernel_init=start, bias_init=ones, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N"]:
+        return self.score(self.norm(x.astype(jnp.float32)))[..., 0]
+
+
+class BoundaryRouter(nnx.Module):
+    """H-Net: chances of a boundary in float32, and a projection of the stream around the segments.
+
+    At first queries and keys are the tokens themselves, and the projection gives 0.
+    Source: goombalab/hnet `RoutingModule`, `residual_proj`.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
+        same = {"use_bias": False, "kernel_init": identity, "rngs": rngs}
+        self.query = nnx.Linear(width, width, **same)
+        self.key = nnx.Linear(width, width, **same)
+        zeros = nnx.initializers.zeros
+        self.residual = nnx.Linear(width, width, kernel_init=zeros, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B N D"],
+        previous: Int[Array, "*B N"],
+        first: Bool[Array, "*B N"],
+    ) -> Float[Array, "*B N"]:
+        """See `boundary.boundary_chance`. Gradient: to x, query and key."""
+        x = x.astype(jnp.float32)
+        return boundary_chance(self.query(x), self.key(x), previous, first)
+
+    def pass_by(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
+        """What is added to the tokens again, in float32."""
+        return self.residual(x.astype(jnp.float32))
+
+
+class HaltingHead(nnx.Module):
+    """KARL: a logit of halting per token in float32: norm, D -> hidden, tanh, 1.
+
+    Source: ShivamDuggal4/karl `encoder_ln_post_halt`, `halting_mlp`.
+    """
+
+    def __init__(self, width: int, hidden: int = 512, *, norm_eps: float = 1e-5, rngs: nnx.Rngs):
+        start = {"kernel_init": nnx.initializers.truncated_normal(0.02), "rngs": rngs}
+        self.norm = nnx.LayerNorm(width, epsilon=norm_eps, rngs=rngs)
+        self.fc1 = nnx.Linear(width, hidden, **start)
+        self.fc2 = nnx.Linear(hidden, 1, **start)
+
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N"]:
+        return self.fc2(jnp.tanh(self.fc1(self.norm(x.astype(jnp.float32)))))[..., 0]
+
+
+class ErrorEmbedding(nnx.Module):
+    """KARL: an embedding of each level of error, at first the level in every entry.
+
+    Source: ShivamDuggal4/karl `rec_loss_embeddings`.
+    """
+
+    def __init__(self, levels: Float[Array, " L"], width: int):
+        table = jnp.broadcast_to(levels[:, None], (len(levels), width))
+        self.table = nnx.Param(table.astype(jnp.float32))
+
+    def __call__(self, level: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return self.table[...][level]

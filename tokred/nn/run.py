@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tokred.cache import LayerCache
+from tokred.cache import LayerCache, Memory
 from tokred.combine import Combine
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
@@ -37,8 +37,9 @@ class Here:
 
     blocks: by layer; those that evidence may be asked of. drop: stochastic-depth rate of this
     layer; it acts only with `call.train` and a key. cache: this layer's, None outside decoding.
-    fresh: the cache is empty, so that the tokens see each other alone; static. mlp_weight: what a
-    rule around the layer multiplies its MLP's update by.
+    fresh: the cache is empty, so that the tokens see each other alone; static. memory: what the
+    cross-attention looks at, None for none. mlp_weight: what a rule around the layer multiplies its
+    MLP's update by.
     """
 
     blocks: Mapping[int, Any]
@@ -48,16 +49,20 @@ class Here:
     drop: float | Array = 0.0
     cache: LayerCache | None = None
     fresh: bool = False
+    memory: Memory | None = None
     mlp_weight: Array | None = None
 
     @property
     def block(self) -> Any:
         return self.blocks[self.layer]
 
-    def reduce(self, kind: str, tokens: Tokens, seen: Seen | None = None) -> Outcome:
-        """All reductions at one of this layer's sites; `seen` is projected where it is None."""
-        site = Site(kind, self.layer)
-        if not self.plan.at(site.kind, site.layer):
+    def reduce(
+        self, kind: str, tokens: Tokens, seen: Seen | None = None, *, until: int | None = None
+    ) -> Outcome:
+        """All reductions at one of the sites that begin with this layer; `seen` is projected where
+        it is None."""
+        site = Site(kind, self.layer, until)
+        if not self.plan.at_site(site):
             return tokens, ()
         give = lambda ask: self._provide(ask, kind, tokens, seen)  # noqa: E731
         return reduce_at(self.plan, site, tokens, give, self.call)
@@ -136,23 +141,48 @@ def run_block(here: Here, tokens: Tokens) -> Ran:
 
 def _whole(here: Here, tokens: Tokens) -> Ran:
     tokens, attended, source, cache = _around(here, "around_attention", tokens, _attention)
+    if here.memory is not None:
+        update = here.block.look(tokens.x, here.memory)
+        tokens = tokens.replace(x=tokens.x + here.path(update, 2))
     tokens, fed, _, _ = _around(here, "around_mlp", tokens, _mlp)
     return Ran(tokens, attended + fed, source, cache)
 
 
 def _around(here: Here, kind: str, tokens: Tokens, inner: Callable[[Here, Tokens], Ran]) -> Ran:
     """`inner` on the tokens that enter, put back among all by the rule in aux['combine']."""
-    reduced, records = here.reduce(kind, tokens)
-    if not records:
+    if not here.plan.at(kind, here.layer):
         return inner(here, tokens)
+    entered = enter(here, kind, tokens)
+    inside = dataclasses.replace(here, mlp_weight=entered.combine.mlp_weight)
+    out = _maybe(inside, entered.tokens, entered.map, inner)
+    return out._replace(tokens=entered.put_back(out.tokens), records=entered.records + out.records)
+
+
+class Entered(NamedTuple):
+    """Which tokens a reduction lets into a part of the model, and how they are put back."""
+
+    before: Tokens
+    tokens: Tokens
+    map: TokenMap | None
+    combine: Combine
+    records: tuple[Record, ...]
+
+    def put_back(self, after: Tokens) -> Tokens:
+        """All tokens, given those that entered as they come out."""
+        x = self.combine.put_back(self.before.x, self.tokens.x, after.x, self.map)
+        return self.before.replace(x=x)
+
+
+def enter(here: Here, kind: str, tokens: Tokens, until: int | None = None) -> Entered:
+    """The reduction that stands around this layer, one of its branches, or the layers `until`.
+
+    Raises ValueError where there are several."""
+    reduced, records = here.reduce(kind, tokens, until=until)
     first, *more = records
     if more:
-        raise ValueError(f"Plan: one reduction at most can stand at {kind}_{here.layer}.")
-    map_, combine = first.map, first.aux.get("combine", Combine())
-    inside = dataclasses.replace(here, mlp_weight=combine.mlp_weight)
-    out = _maybe(inside, reduced, map_, inner)
-    x = combine.put_back(tokens.x, reduced.x, out.tokens.x, map_)
-    return out._replace(tokens=tokens.replace(x=x), records=records + out.records)
+        raise ValueError(f"Plan: one reduction at most can stand at {first.site}.")
+    combine = first.aux.get("combine", Combine())
+    return Entered(tokens, reduced, first.map, combine, records)
 
 
 def _maybe(here: Here, tokens: Tokens, map_: TokenMap | None, inner: Callable) -> Ran:
@@ -160,7 +190,7 @@ def _maybe(here: Here, tokens: Tokens, map_: TokenMap | None, inner: Callable) -
     skipped = Ran(tokens, (), tokens.sources(), here.cache)
     if tokens.n == 0:
         return skipped
-    alone = len([s for s, _ in here.plan.steps if s.layer == here.layer]) == 1
+    alone = len(here.plan.of_layer(here.layer)) == 1
     if not (here.call.skip and alone and map_ is not None and map_.valid is not None):
         return inner(here, tokens)
 

@@ -10,6 +10,7 @@ from tokred.ops.attention import (
     attention_rows,
     cached_attention,
     position_mask,
+    softmax,
 )
 from tokred.ops.gather import gather, put
 from tokred.ops.segment import segment_max, segment_sum
@@ -26,5 +27,6 @@ __all__ = [
     "put",
     "segment_max",
     "segment_sum",
+    "softmax",
     "top_k",
 ]

@@ -19,26 +19,30 @@ def attention(
     *,
     bias: Float[Array, "*B M"] | None = None,
     valid: Bool[Array, "*B M"] | None = None,
-    mask: Bool[Array, "*B N M"] | None = None,
+    mask: Bool[Array, "*#B N M"] | None = None,
     policy: Float[Array, "*B M"] | None = None,
     policy_eps: float = 1e-6,
+    pair_bias: Float[Array, "*#B H N M"] | None = None,
+    sink: bool = False,
     scale: float | None = None,
     cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B N H E"]:
-    """softmax(q k^T scale + bias) v, with the softmax in float32.
+    """softmax(q k^T scale + bias + pair_bias) v, with the softmax in float32.
 
     H is a multiple of G: H / G neighbouring query heads share a key head. `bias` is added per key
     (log size, log gate), `mask` tells which keys a query sees. `policy` multiplies the exponentials
     of every key but a query's own (DynamicViT, DiffRate) and needs M = N. `cap` bounds logits as
-    cap tanh(logits / cap). Policy and cap take the plain path, which holds all probabilities.
-    `scale` defaults to E^-0.5; scale and cap are static.
+    cap tanh(logits / cap). sink: one more key, with logit 0 and value 0, so that a query may look
+    at nothing (softmax1). Policy, cap and sink take the plain path, which holds all probabilities.
+    `scale` defaults to E^-0.5; scale, cap and sink are static.
 
     Implementations: 'xla' (fused by the compiler), 'cudnn' (NVIDIA kernels), 'reference'.
-    Gradient: to q, k, v, bias and policy.
+    Gradient: to q, k, v, bias, pair_bias and policy.
     """
-    if policy is not None or cap is not None:
-        how = {"policy": policy, "policy_eps": policy_eps, "scale": scale, "cap": cap}
+    if policy is not None or cap is not None or sink:
+        how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
+        how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
         probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
         return _weigh(probs, v)
     table = {
@@ -46,9 +50,19 @@ def attention(
         "cudnn": functools.partial(_fused, implementation="cudnn"),
         "reference": _reference,
     }
+    joint = _joint_bias(key_bias(bias, valid), pair_bias)
     return choose("attention", implementation, table, "xla")(
-        q, k, v, key_bias(bias, valid), mask, q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v, joint, mask, q.shape[-1] ** -0.5 if scale is None else scale
     )
+
+
+def _joint_bias(
+    per_key: Float[Array, "*B M"] | None, per_pair: Float[Array, "*#B H N M"] | None
+) -> Float[Array, "*#B #H #N M"] | None:
+    if per_key is None:
+        return per_pair
+    per_key = per_key[..., None, None, :]
+    return per_key if per_pair is None else per_pair + per_key
 
 
 def position_mask(
@@ -70,20 +84,35 @@ def cached_attention(
     *,
     mask: Bool[Array, "*B G N C"],
     bias: Float[Array, "*B G C"] | None = None,
+    pair_bias: Float[Array, "*#B H N C"] | None = None,
+    sink: bool = False,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Float[Array, "*B N H E"]:
     """Attention of a few queries over the slots of a cache, whose key heads may hold different
-    tokens. A query that sees no slot gives 0. Gradient: to q, k, v and bias."""
+    tokens; arguments as in `attention`. A query that sees no slot gives 0. Gradient: to q, k, v and
+    biases."""
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])  # [*B N G R E]
     logits = jnp.einsum("...ngre,...gce->...grnc", grouped, k, preferred_element_type=jnp.float32)
     logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[..., None, None, :]
+    if pair_bias is not None:
+        logits = logits + pair_bias.reshape(*pair_bias.shape[:-3], *logits.shape[-4:])
     seen = mask[..., None, :, :]
-    probs = jax.nn.softmax(jnp.where(seen, logits, NEGATIVE), axis=-1) * seen
+    probs = softmax(jnp.where(seen, logits, NEGATIVE), sink=sink) * seen
     y = jnp.einsum("...grnc,...gce->...ngre", probs.astype(v.dtype), v)
     return y.reshape(q.shape)
+
+
+def softmax(logits: Float[Array, "*B M"], *, sink: bool = False) -> Float[Array, "*B M"]:
+    """Over the last axis. sink: with one more logit of 0 that is left out of the result, whose sum
+    may then be below 1 (softmax1); static."""
+    if not sink:
+        return jax.nn.softmax(logits, axis=-1)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), 0.0))
+    weight = jnp.exp(logits - top)
+    return weight / (weight.sum(-1, keepdims=True) + jnp.exp(-top))
 
 
 def _capped(logits: Array, cap: float | None) -> Array:
@@ -117,9 +146,8 @@ def _fused(
     def run(q: Array, k: Array, v: Array, bias: Any, mask: Any) -> Array:
         return fused(q, k, v, bias, mask, scale=scale, implementation=implementation)
 
-    if bias is not None:
-        bias = bias[..., None, None, :]
-        bias = bias.astype(q.dtype) if implementation == "cudnn" else bias
+    if bias is not None and implementation == "cudnn":
+        bias = bias.astype(q.dtype)
     args = (q, k, v, bias, None if mask is None else mask[..., None, :, :])
     if q.ndim == 3:
         return jax.tree.map(lambda y: y[0], run(*jax.tree.map(lambda a: a[None], args)))
@@ -129,7 +157,7 @@ def _fused(
 
 
 def _reference(q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float) -> Array:
-    return _weigh(attention_probs(q, k, bias=bias, mask=mask, scale=scale), v)
+    return _weigh(attention_probs(q, k, pair_bias=bias, mask=mask, scale=scale), v)
 
 
 def attention_probs(
@@ -138,10 +166,12 @@ def attention_probs(
     *,
     bias: Float[Array, "*B M"] | None = None,
     valid: Bool[Array, "*B M"] | None = None,
-    mask: Bool[Array, "*B N M"] | None = None,
+    mask: Bool[Array, "*#B N M"] | None = None,
     policy: Float[Array, "*B M"] | None = None,
     policy_eps: float = 1e-6,
     own: Int[Array, " N"] | None = None,
+    pair_bias: Float[Array, "*#B #H #N M"] | None = None,
+    sink: bool = False,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Float[Array, "*B H N M"]:
@@ -151,13 +181,15 @@ def attention_probs(
     k = _per_query_head(k, q, axis=-2)
     logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32)
     logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
-    joint = key_bias(bias, valid)
+    joint = _joint_bias(key_bias(bias, valid), pair_bias)
     if joint is not None:
-        logits = logits + joint[..., None, None, :]
+        logits = logits + joint
     if mask is not None:
         logits = jnp.where(mask[..., None, :, :], logits, NEGATIVE)
     if policy is None:
-        return jax.nn.softmax(logits, axis=-1)
+        return softmax(logits, sink=sink)
+    if sink:
+        raise ValueError("ops.attention: a policy and sink=True do not go together; drop one.")
     own = jnp.arange(q.shape[-3]) if own is None else own
     m = k.shape[-3]
     share = jnp.full(policy.shape, 1 / m) if valid is None else _uniform(valid)
@@ -197,7 +229,8 @@ def attention_column_mean(
     k: Float[Array, "*B M G E"],
     *,
     query_valid: Bool[Array, "*B N"] | None = None,
-    mask: Bool[Array, "*B N M"] | None = None,
+    mask: Bool[Array, "*#B N M"] | None = None,
+    pair_bias: Float[Array, "*#B H N M"] | None = None,
     block: int = 128,
     **kwargs,
 ) -> Float[Array, "*B M"]:
@@ -213,6 +246,7 @@ def attention_column_mean(
         part = slice(start, start + block)
         kwargs |= {"own": jnp.arange(start, min(start + block, n))}
         kwargs |= {"mask": None if mask is None else mask[..., part, :]}
+        kwargs |= {"pair_bias": None if pair_bias is None else pair_bias[..., part, :]}
         rows = attention_rows(q[..., part, :, :], k, **kwargs)
         total = total + jnp.einsum("...hnm,...n->...m", rows, weight[..., part])
     queries = jnp.maximum(weight.sum(-1, keepdims=True), 1.0)

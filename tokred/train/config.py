@@ -18,24 +18,30 @@ from tokred.plan import nearest
 from tokred.train.families import find_family
 
 DTYPES = ("dtype", "param_dtype")
+FREE = "options"  # a section with this name takes any key; who reads it checks them
 IMAGES = {"name": "digits", "batch": 32, "eval_batch": 359, "shift": 1, "placements": 4}
 TEXT = {
     "name": "stdlib", "batch": 16, "eval_batch": 16, "eval_rows": 512, "length": 256,
     "tokenizer": "bytes", "packed": True,
 }  # fmt: skip
+PAIRS = {
+    "name": "stdlib", "batch": 16, "eval_batch": 16, "eval_rows": 256, "length": 256,
+    "target_length": None, "languages": (), "packed": True,
+}  # fmt: skip
+DATA = {"images": IMAGES, "text": TEXT | {FREE: {}}, "seq2seq": PAIRS | {FREE: {}}}
 Config = Any  # a locked ConfigDict; type checkers cannot know its fields
 BASELINES = ("tome", "evit", "topk", "uniform", "pooling", "random")
-FREE = "options"  # a section with this name takes any key; make_plan checks them
 
 
 def default_config(task: str = "images") -> Config:
     """Every field of a job with its default; locked, so that recipes cannot misspell one.
 
-    task: 'images' (a ViT that classifies) or 'text' (a decoder that predicts the next token).
+    task: 'images' (a ViT that classifies), 'text' (a decoder that predicts the next token) or
+    'seq2seq' (an encoder-decoder on bytes).
 
     seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
     weights to start from. mesh: see `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields
-    of the task's model. data: of images see `inputs`, of text `text_inputs`; mock: number of
+    of the task's model. data: see `inputs`; mock: number of
     made-up examples instead of real ones, 0 for none. train: the
     first stage, under a method with its options (a learned method in its soft form); 0 steps for
     none; remat: see `Call`. optimizer: see `make_optimizer`; ema, accumulate: see
@@ -56,7 +62,7 @@ def default_config(task: str = "images") -> Config:
             "mesh": {"shape": (-1,), "axes": ("data",), "rules": ()},
             "model": _model_defaults(task),
             "data": {
-                **(TEXT | {FREE: {}} if task == "text" else IMAGES),
+                **DATA[task],
                 "data_dir": None,
                 "threads": 1,
                 "mock": 0,
@@ -78,7 +84,7 @@ def default_config(task: str = "images") -> Config:
             },
             "finetune": {"steps": 0, "lr": 1e-4},
             "evaluate": {
-                "methods": () if task == "text" else BASELINES,
+                "methods": BASELINES if task == "images" else (),
                 "macs": 0.6,
                 "rounds": 20,
                 "time_batch": 64,
@@ -108,6 +114,18 @@ def bytes_config() -> Config:
     config.train.steps = 1000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
     config.log.every = 50
+    return config
+
+
+def span_config() -> Config:
+    """What the recipes on corrupted bytes share: a small encoder-decoder on the same sources."""
+    config = default_config("seq2seq")
+    config.model.update({"width": 96, "depth": 4, "decoder_depth": 2, "heads": 3, "head_dim": 32})
+    config.model.update({"hidden": 256, "context": 256, "target_context": 64, "sink": True})
+    config.data.options = {"mean_span": 8.0}
+    config.data.update({"length": 256, "batch": 16})
+    config.train.steps = 1500
+    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
     return config
 
 
@@ -161,7 +179,7 @@ def shrink(config: Config) -> Config:
     small = config.copy_and_resolve_references()
     with small.unlocked():
         small.model.update({"width": 16, "depth": 4, "heads": 2})
-        if config.task == "text":
+        if config.task != "images":
             return _shrink_text(small)
         small.train.steps = min(small.train.steps, 4)
         small.rates.steps = min(small.rates.steps, 3)
@@ -179,8 +197,12 @@ def shrink(config: Config) -> Config:
 
 
 def _shrink_text(small: Config) -> Config:
-    small.model.update({"kv_heads": None, "head_dim": None, "hidden": None, "context": 32})
-    small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16, "length": 32})
+    if small.task == "text":
+        small.model.update({"kv_heads": None, "head_dim": None, "hidden": None, "context": 32})
+    else:
+        small.model.update({"head_dim": 8, "hidden": 32, "context": 64, "target_context": 64})
+    length = 32 if small.task == "text" else 64
+    small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16, "length": length})
     small.train.steps = min(small.train.steps, 4)
     small.evaluate.update({"rounds": 2, "time_batch": 8})
     small.checkpoint.every = small.log.every = 2

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tokred import cost, viz
-from tokred.methods import make_plan
+from tokred.methods import get_method, make_plan
 from tokred.plan import Plan
 from tokred.train.inputs import Inputs
 from tokred.train.loop import Around, Stage, run_stage
@@ -53,6 +53,8 @@ def choose_plans(
         plans[learned.name] = (learned, None)
         if any(reduction.decides for _, reduction in learned.steps):
             plans[f"{learned.name} causal"] = (learned.with_twin("causal"), None)
+        if get_method(learned.name).count == "data-dependent":  # slots may overflow
+            plans[f"{learned.name} soft"] = (learned.with_twin("soft"), None)
     if ratio is None and learned is not None:
         ratio = _ratio(setup, learned)
     budget: float = setup.config.evaluate.macs if ratio is None else ratio
@@ -173,7 +175,8 @@ def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weig
 
 
 def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Path) -> None:
-    """What the plan does with the first test examples: tokens.png, or of text routing.html."""
+    """What the plan does with the first test examples: tokens.png, of text routing.html, of an
+    encoder-decoder deletion.html."""
     rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
     take = lambda _, report: (report.sources, report.entered)  # noqa: E731
     forward = make_forward(setup.skeleton, setup.objective(plan), take)
@@ -185,6 +188,11 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
     if setup.config.task == "text":
         texts = [inputs.pieces(ids) for ids in rows["input"][:count]]
         viz.write_routing(texts, {k: v[:count] for k, v in routed.items()}, workdir)
+        return
+    if setup.config.task == "seq2seq":
+        for kept in list(routed.values())[-1:]:
+            ids, valid = np.asarray(rows["input"]), np.asarray(rows["input_valid"])
+            viz.write_deletion(ids, ~np.asarray(kept) & valid, valid, workdir, shown=count)
         return
     viz.plot_tokens(
         jnp.asarray(rows["image"][:count]),

@@ -7,10 +7,12 @@ from typing import Any
 from flax import nnx
 
 from tokred.models.decoder import Decoder, DecoderConfig
+from tokred.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Plan, nearest
 from tokred.train.losses import ImageObjective, Objective
 from tokred.train.mixing import Mixing
+from tokred.train.seq2seq import Seq2SeqObjective
 from tokred.train.text import TextObjective
 
 
@@ -30,6 +32,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "images": Family(ViTConfig, ViT, ImageObjective),
     "text": Family(DecoderConfig, Decoder, TextObjective),
+    "seq2seq": Family(EncoderDecoderConfig, EncoderDecoder, Seq2SeqObjective),
 }
 
 
@@ -47,5 +50,7 @@ def objective_fields(config: Any) -> dict[str, Any]:
     loss, data = config.loss, config.data
     if config.task == "text":
         return {"padded": not data.packed, "documents": bool(data.packed)}
+    if config.task == "seq2seq":
+        return {"padded": not data.packed}
     mixing = Mixing(loss.mixup, loss.cutmix, loss.mix_share, loss.mix_switch)
     return {"label_smoothing": loss.label_smoothing, "mixing": mixing}

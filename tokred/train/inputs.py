@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from tokred.data.diagnostics import DIAGNOSTICS
 from tokred.data.digits import Canvas, DigitSource
 from tokred.data.pipeline import Batches, Source, Transform, eval_batches, train_batches
+from tokred.data.seq2seq import open_seq2seq
 from tokred.data.text import open_text
 from tokred.data.tfds_images import find_image_set, open_source
 from tokred.data.tokenizers import ByteTokenizer, Tokenizer, bytes_of, load_bpe
 from tokred.models.decoder import DecoderConfig
+from tokred.models.encoder_decoder import EncoderDecoderConfig
 from tokred.models.vit import ViTConfig
 from tokred.train.config import FREE, Config
 from tokred.train.mesh import round_up, shard_of
@@ -86,6 +88,8 @@ def make_inputs(config: Config, model: Any, mesh: Mesh) -> Inputs:
     sizes |= {"threads": data.threads, "shard": shard, "count": count}
     if config.task == "text":
         return _text(config, model, sizes)
+    if config.task == "seq2seq":
+        return _pairs(config, model, sizes)
     return _images(data, model, sizes)
 
 
@@ -111,6 +115,26 @@ def _text(config: Config, model: DecoderConfig, sizes: dict[str, int]) -> Inputs
         train.source, train.transform, held, test.transform, **sizes, tokenizer=known,
         bytes_per_token=per_token,
     )  # fmt: skip
+
+
+def _pairs(config: Config, model: EncoderDecoderConfig, sizes: dict[str, int]) -> Inputs:
+    """Sources of config.data.length bytes with their targets; see `data.open_seq2seq`."""
+    data = config.data
+    how = {"length": data.length, "target_length": data.target_length, "packed": data.packed}
+    how |= {"languages": tuple(data.languages), "data_dir": data.data_dir, "mock": data.mock}
+    train = open_seq2seq(data.name, "train", seed=config.seed, **how, **data[FREE])
+    test = open_seq2seq(data.name, "test", **how, **data[FREE])  # the same rows for every seed
+    row = test.transform(test.source[0], np.random.default_rng(0))
+    found = (train.vocab, data.length, len(row["target"]))
+    room = (model.vocab, model.context, model.target_context)
+    if any(need > has for need, has in zip(found, room, strict=True)):
+        raise ValueError(
+            f"data {data.name!r} needs (vocab, context, target_context) = {found}, the model has "
+            f"{room}; raise those fields of config.model."
+        )
+    held = Head(test.source, data.eval_rows or len(test.source))
+    tokenizer = ByteTokenizer()
+    return Inputs(train.source, train.transform, held, test.transform, **sizes, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)

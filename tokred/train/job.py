@@ -227,16 +227,29 @@ def find_place(config: Config, data: Mapping[str, Any]) -> Place:
 
 
 def starting_weights(setup: Setup) -> Weights:
-    """Fresh weights, or those of the run config.start_from with fresh reductions."""
+    """Fresh weights, or those of the run config.start_from with fresh reductions.
+
+    Raises ValueError where that run's attention has another softmax.
+    """
     fresh = setup.init()
     if setup.config.start_from is None:
         return fresh
     with Checkpoints(setup.config.start_from, create=False) as checkpoints:
-        checkpoints.about()
+        require_same_softmax(setup.config, checkpoints.about()["config"])
         found = checkpoints.weights(
             fresh.params, setup.mesh, lambda name: name.startswith("reductions/")
         )
     return Weights({**fresh.params, **found}, fresh.rest)
+
+
+def require_same_softmax(config: Config, stored: Mapping[str, Any]) -> None:
+    """No parameter tells them apart. Raises ValueError where they differ."""
+    mine, theirs = config.model.get("sink"), stored["model"].get("sink")
+    if mine != theirs:
+        raise ValueError(
+            f"config.start_from={str(config.start_from)!r} was trained with model.sink={theirs}, "
+            f"this config has config.model.sink={mine}; give both the same softmax."
+        )
 
 
 def require_same(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

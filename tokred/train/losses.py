@@ -14,7 +14,7 @@ from tokred import cost
 from tokred.plan import Layout, Plan
 from tokred.report import Call, Report
 from tokred.train.distill import match_features, match_logits
-from tokred.train.metrics import batch_sums
+from tokred.train.metrics import batch_sums, told
 from tokred.train.mixing import Mixing
 from tokred.train.state import Arrays, Skeleton
 
@@ -160,7 +160,8 @@ class Objective:
     ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
         """(loss, (metrics of the batch, controllers after it)).
 
-        Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss.
+        Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss,
+        what reductions tell of their counts.
         """
         inputs, targets = self.prepare(model, batch, jax.random.fold_in(key, MIX))
         call = Call(states=controllers, key=key, train=True, remat=self.remat)
@@ -184,6 +185,7 @@ class Objective:
             "accuracy": seen["correct"] / jnp.maximum(seen["count"], 1e-6),
             "macs_ratio": expected / dense,
             **(parts if len(parts) > 1 else {}),
+            **told(report),
         }
         return loss, (metrics, {**controllers, **report.states})
 

@@ -27,9 +27,9 @@ Rules = Sequence[Rule]
 # averages of the weights end in the same paths. Axes that the mesh lacks are left out.
 RULES: Rules = (
     (r"reductions/", ()),
-    (r"attn/(query|key|value)/kernel$", ("fsdp", "tensor")),
+    (r"(attn|cross)/(query|key|value)/kernel$", ("fsdp", "tensor")),
     (r"attn/(query|key|value)/bias$", ("tensor",)),
-    (r"attn/out/kernel$", ("tensor", "fsdp")),
+    (r"(attn|cross)/out/kernel$", ("tensor", "fsdp")),
     (r"mlp/(fc1|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"mlp/fc1/bias$", ("tensor",)),
     (r"mlp/(gate|up)$", (None, "fsdp", "tensor")),  # of experts
@@ -40,7 +40,7 @@ RULES: Rules = (
     (r"head/kernel$", ("fsdp",)),
     # By words alone: split over 'fsdp' in its width it would split activations so, not by batch.
     (r"embed/embedding$", ("tensor",)),
-    (r"(^|/)(position|cls|registers|scale\d?|bias)$", ()),
+    (r"(^|/)(position|cls|registers|scale\d?|bias|table)$", ()),
 )
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokred.ops import segment_sum
 from tokred.plan import Layout
+from tokred.report import Report
 
 
 def relevance_recall(
@@ -56,3 +57,14 @@ def batch_sums(
         recall = relevance_recall(sources, touched_patches(batch["mask"], layout))
         sums["recall"] = (valid * recall).sum()
     return sums
+
+
+def told(report: Report) -> dict[str, Array]:
+    """The mean over sites of what reductions tell of how many tokens they leave."""
+    names = ("share", "overflow", "padding", "coefficient")
+    found = {n: [aux[n] for aux in report.aux.values() if n in aux] for n in names}
+    return {
+        name: jnp.stack([jnp.mean(v.astype(jnp.float32)) for v in values]).mean()
+        for name, values in found.items()
+        if values
+    }

@@ -4,10 +4,11 @@ python -m tokred.train.pods --out=docs/pods.json --only='v5e-256/lm_1b/*'
 
 Trained with AdamW, in bfloat16 over float32 parameters: ViT-B/16 at 224 pixels on a global batch of
 4096 images, and a decoder of a billion parameters on 256 sequences of 2048 tokens. In bfloat16 it
-also decodes one token of each of 256 sequences. A row says what one chip holds and counts, and how
-often chips talk. Nothing is executed, so nothing is timed but the compiler, which is told to search
-little for fast code: for the dense ViT on v5e-256 that gives the same collectives and 3 % less
-temporary memory in an eighth of the processor time.
+also decodes one token of each of 256 sequences. ByT5-small learns and applies MrT5's gate on 256
+pairs of 1024 and 256 bytes; it is applied in three buckets. A row says what one chip holds and
+counts, and how often chips talk. Nothing is executed, so nothing is timed but the compiler, which
+is told to search little for fast code: for the dense ViT on v5e-256 that gives the same collectives
+and 3 % less temporary memory in an eighth of the processor time.
 """
 
 import fnmatch
@@ -28,7 +29,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred.methods import make_plan
+from tokred.models.buckets import encode_in_buckets
 from tokred.models.decoder import DecoderConfig, decoder_config
+from tokred.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder_config
 from tokred.models.vit import vit_config
 from tokred.plan import Layout, Plan
 from tokred.train.cli import Arguments, run
@@ -37,6 +40,7 @@ from tokred.train.families import FAMILIES
 from tokred.train.losses import ImageObjective, Objective
 from tokred.train.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, with_places
 from tokred.train.optimizer import make_optimizer
+from tokred.train.seq2seq import Seq2SeqObjective
 from tokred.train.state import Weights, init_state, split_model
 from tokred.train.step import make_train_step
 from tokred.train.text import TextObjective
@@ -56,6 +60,7 @@ class Pod:
 
 
 PODS: Mapping[str, Pod] = {
+    "v5e-16": Pod("v5e:4x4", 16),
     "v5e-256": Pod("v5e:16x16", 16),
     "v5p-512": Pod("v5p:8x8x4", 95),  # named after its cores: 256 chips
     "v6e-256": Pod("v6e:16x16", 32),
@@ -66,7 +71,8 @@ PODS: Mapping[str, Pod] = {
 class Task:
     """A model and what it does under each of some plans.
 
-    step: 'train', or 'decode' one token of every sequence with a cache of the whole context.
+    step: 'train', 'decode' one token of every sequence with a cache of the whole context, or
+    'buckets', logits of a target given a source of which the gate keeps what it wants.
     batch: global. meshes: sizes of axes by pod. remat: how many layers are computed twice; the next
     number is tried where a step does not fit.
     """
@@ -127,7 +133,24 @@ DECODING = Task(
     plans={"dense": dense, "mod": lambda layout: mod(layout).with_twin("causal")},
     meshes={"v5e-256": {"data": 64, "tensor": 4}},
 )
-TASKS = (VIT, LM, DECODING)
+PAIRS = Task(
+    "byt5_small",
+    "train",
+    encoder_decoder_config("byt5_small", dtype=jnp.bfloat16),
+    batch=256,
+    plans={"dense": dense, "mrt5": lambda layout: make_plan("mrt5", layout).with_twin("soft")},
+    meshes={"v5e-16": {"data": 16}},
+    remat=(0, 12),
+)
+BUCKETS = Task(
+    "byt5_small",
+    "buckets",
+    encoder_decoder_config("byt5_small", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+    batch=256,
+    plans={"mrt5": lambda layout: make_plan("mrt5", layout)},
+    meshes={"v5e-16": {"data": 16}},
+)
+TASKS = (VIT, LM, DECODING, PAIRS, BUCKETS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -206,6 +229,8 @@ def lower_task(task: Task, plan: Plan, mesh: Mesh, remat: int) -> Any:
     """The step of a task, ready to `compile()`."""
     if task.step == "decode":
         return lower_decode(task.config, plan, mesh, task.batch)
+    if task.step == "buckets":
+        return lower_buckets(task.config, plan, mesh, task.batch)
     return lower_step(task.config, objective_of(task.config, plan, remat), mesh, task.batch)
 
 
@@ -213,6 +238,8 @@ def objective_of(config: Any, plan: Plan, remat: int = 0) -> Objective:
     """As in the recipes; what learns its rates is also told its MACs."""
     if isinstance(config, DecoderConfig):
         return TextObjective(plan, remat=remat)
+    if isinstance(config, EncoderDecoderConfig):
+        return Seq2SeqObjective(plan, padded=False, remat=remat)
     weight = 10.0 if plan.twin == "soft" else 0.0
     return ImageObjective(plan, label_smoothing=0.1, macs_weight=weight, target=0.5, remat=remat)
 
@@ -245,8 +272,37 @@ def batch_fields(config: Any, batch: int) -> dict[str, tuple[tuple[int, ...], An
     if isinstance(config, DecoderConfig):
         types = {field: jnp.int32 for field in TextObjective.fields} | {"weight": jnp.float32}
         return {field: ((batch, config.context), dtype) for field, dtype in types.items()}
+    if isinstance(config, EncoderDecoderConfig):
+        source, target = (batch, config.context), (batch, config.target_context)
+        return {
+            "input": (source, jnp.int32),
+            "input_valid": (source, jnp.bool_),
+            "decoder_input": (target, jnp.int32),
+            "target": (target, jnp.int32),
+            "weight": (target, jnp.float32),
+        }
     images = (batch, *config.image_size, config.channels)
     return {"image": (images, jnp.float32), "label": ((batch,), jnp.int32)}
+
+
+def lower_buckets(config: EncoderDecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> Any:
+    """Logits of targets given sources in half, three quarters or all of their slots, ready to
+    `compile()`."""
+    skeleton, weights = abstract_model(config, plan)
+    sizes = (config.context // 2, 3 * config.context // 4)
+
+    def step(weights: Weights, source: Any, target: Any) -> Any:
+        model = skeleton.merge(*weights)
+        decode = lambda memory: model.decode(target, memory)  # noqa: E731
+        return encode_in_buckets(model, source, sizes, decode, plan=plan).value
+
+    rows = batch_sharding(mesh)
+    source, target = (
+        jax.ShapeDtypeStruct((batch, n), jnp.int32, sharding=rows)
+        for n in (config.context, config.target_context)
+    )
+    jitted: Any = jax.jit(step, out_shardings=rows)
+    return jitted.lower(with_places(weights, mesh), source, target)
 
 
 def lower_decode(config: DecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> Any:

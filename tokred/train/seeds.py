@@ -1,7 +1,8 @@
 """A job under several seeds: python -m tokred.train.seeds --config=... --workdir=DIR --seeds=0,1,2
 
 Prints mean and spread per method and writes DIR/results.json and DIR/pareto.png over all seeds;
-each seed's run is in DIR/seed_N.
+each seed's run is in DIR/seed_N. Several recipes, separated by commas, are compared: their rows
+bear the recipe's name, their runs are in DIR/RECIPE/seed_N.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,23 @@ from tokred.train.job import run_job, write_results
 def main(argv: Sequence[str]) -> None:
     """Runs every seed in turn; a seed that is finished is only evaluated again."""
     parser = Arguments(description=__doc__)
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:smoke")
+    recipes = "configs/NAME.py or configs/NAME.py:smoke, or several"
+    parser.add_argument("--config", required=True, help=recipes)
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")
     args, overrides = parser.read(argv)
-    config, rows = load_config(args.config, overrides), []
+    recipes, rows = args.config.split(","), []
+    configs = [load_config(recipe, overrides) for recipe in recipes]
+    names = [Path(recipe.partition(":")[0]).stem for recipe in recipes]
     for seed in read_seeds(args.seeds):
-        config.seed = seed
-        rows += run_job(config, args.workdir / f"seed_{seed}")
-    write_results(args.workdir / "results.json", rows, config)
+        for name, config in zip(names, configs, strict=True):
+            config.seed = seed
+            alone = len(recipes) == 1
+            workdir = args.workdir if alone else args.workdir / name
+            found = run_job(config, workdir / f"seed_{seed}")
+            label = "" if alone else f"{name}: "
+            rows += [row | {"method": label + row["method"]} for row in found]
+    write_results(args.workdir / "results.json", rows, configs[0])
     viz.plot_pareto(rows, args.workdir / "pareto.png")
     print(viz.format_table(rows))
 

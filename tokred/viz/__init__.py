@@ -8,12 +8,16 @@ Pictures need matplotlib (pip install "tokred[train]"), which is imported when t
 """
 
 from tokred.viz.curves import plot_curves
+from tokred.viz.deletion import deletion_html, deletion_rates, deletion_text, write_deletion
 from tokred.viz.kept import paint_tokens, plot_tokens
 from tokred.viz.pareto import plot_pareto
 from tokred.viz.routing import plot_routing, routing_html, routing_text, write_routing
 from tokred.viz.table import format_table
 
 __all__ = [
+    "deletion_html",
+    "deletion_rates",
+    "deletion_text",
     "format_table",
     "paint_tokens",
     "plot_curves",
@@ -22,5 +26,6 @@ __all__ = [
     "plot_tokens",
     "routing_html",
     "routing_text",
+    "write_deletion",
     "write_routing",
 ]

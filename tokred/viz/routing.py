@@ -22,11 +22,16 @@ dark all. Hover for the layers.</p>
 
 
 def layer_of(site: str) -> int:
-    """The layer in a site's name. Raises ValueError where it has none."""
-    match = re.fullmatch(r".*_(\d+)", site)
+    """The layer in a site's name, the first of several. Raises ValueError where it has none."""
+    match = re.fullmatch(r"\D*_(\d+)(_\d+)?", site)
     if match is None:
         raise ValueError(f"routing: {site!r} names no layer; give sites such as 'around_3'.")
     return int(match[1])
+
+
+def label_of(site: str) -> str:
+    """'3' of 'around_mlp_3', '1-2' of 'around_1_2'."""
+    return re.sub(r"^\D*_", "", site).replace("_", "-")
 
 
 def write_routing(texts: Sequence[Sequence[str]], routed: Routed, workdir: Path) -> list[Path]:
@@ -46,18 +51,18 @@ def routing_html(texts: Sequence[Sequence[str]], routed: Routed) -> str:
     """One page with every text, each token shaded by the share of layers that it entered."""
     sites = sorted(routed, key=layer_of)
     depth = np.stack([np.asarray(routed[site]) for site in sites], -1)  # [B N L]
-    layers = [layer_of(site) for site in sites]
+    layers = [label_of(site) for site in sites]
     shown = "\n<hr>\n".join(
         f"<pre>{_shaded(pieces, rows, layers)}</pre>"
         for pieces, rows in zip(texts, depth, strict=False)
     )
-    return PAGE.format(layers=", ".join(map(str, layers)), texts=shown)
+    return PAGE.format(layers=", ".join(layers), texts=shown)
 
 
-def _shaded(pieces: Sequence[str], rows: np.ndarray, layers: Sequence[int]) -> str:
+def _shaded(pieces: Sequence[str], rows: np.ndarray, layers: Sequence[str]) -> str:
     spans = []
     for piece, row in zip(pieces, rows, strict=True):
-        told = ", ".join(str(layer) for layer, went in zip(layers, row, strict=True) if went)
+        told = ", ".join(layer for layer, went in zip(layers, row, strict=True) if went)
         style = SHADE.format(share=row.mean())
         spans.append(f'<span style="{style}" title="layers {told}">{html.escape(piece)}</span>')
     return "".join(spans)
@@ -84,7 +89,7 @@ def plot_routing(
     top.bar(np.arange(table.shape[1]), table.mean(0), width=1.0, color=INK)
     top.set_ylabel("share of layers")
     main.imshow(table, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
-    main.set_yticks(range(len(sites)), [str(layer_of(site)) for site in sites])
+    main.set_yticks(range(len(sites)), [label_of(site) for site in sites])
     main.set_ylabel("layer")
     if len(pieces) <= 80:
         main.set_xticks(range(len(pieces)), [p if p.isprintable() else "·" for p in pieces])
