@@ -5,11 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# XLA reads these when jax is first imported.
+# XLA reads these when jax is first imported. Tests compile far longer than they run.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import beartype
 import hypothesis

@@ -231,3 +231,24 @@ def test_prefix_tokens_are_never_deleted():
     plan = Plan(((Site("before", 2), MrT5(capacity=0.1)),))
     counts = plan.counts(dataclasses.replace(CONFIG.layout, prefix=3))
     assert counts[2].queries == 3 + 2
+
+
+def test_a_source_without_any_token_stays_finite():
+    plan = plan_of(corrected=True)
+    model = build(plan)
+    empty = VALID.at[1].set(False)
+    for twin in ("packed", "soft"):
+        logits, report = forward(model, plan.with_twin(twin), empty)
+        assert np.isfinite(logits).all()
+        assert not report.aux["before_2"]["entered"][1].any()
+    alone, _ = forward(model, plan, None, ids=IDS[:1], target=TARGET[:1])
+    close(forward(model, plan, empty)[0][:1], alone)
+
+
+def test_one_example_alone_is_the_same_as_in_a_batch():
+    plan = plan_of(capacity=1.0)
+    model = build(plan)
+    together, _ = forward(model, plan)
+    for b, n in enumerate(VALID.sum(-1).tolist()):
+        alone, _ = forward(model, plan, None, ids=IDS[b : b + 1, :n], target=TARGET[b : b + 1])
+        close(together[b : b + 1], alone)

@@ -134,3 +134,12 @@ def test_recipes_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows][:2] == ["mrt5_bytes_dense: dense", "mrt5_bytes: dense"]
     assert (tmp_path / "mrt5_bytes" / "seed_3" / "deletion.html").exists()
+
+
+def test_a_missing_controller_is_named_on_resume(tmp_path: Path):
+    fixed = ("train.options.coefficient=0.1", "train.steps=2", "evaluate.rounds=1")
+    run_job(load_config(recipe("mrt5_bytes"), (*QUIET, *fixed)), tmp_path)
+    config = load_config(recipe("mrt5_bytes"), QUIET)
+    with pytest.raises(ValueError, match=r"controllers/before_2/") as error:
+        run_job(config, tmp_path, allow_changes=True)
+    assert "\n" not in str(error.value)

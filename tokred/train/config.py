@@ -202,6 +202,8 @@ def _shrink_text(small: Config) -> Config:
     else:
         small.model.update({"head_dim": 8, "hidden": 32, "context": 64, "target_context": 64})
     length = 32 if small.task == "text" else 64
+    if small.data.get("languages"):
+        small.data.mock = 64
     small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16, "length": length})
     small.train.steps = min(small.train.steps, 4)
     small.evaluate.update({"rounds": 2, "time_batch": 8})

@@ -21,6 +21,7 @@ from tokred.train.loop import Around, Place, Save, run_stage
 from tokred.train.mesh import check_batch
 from tokred.train.processes import Preemption, flat_fields, is_main, require_same_config
 from tokred.train.setup import Setup, learned_plan, make_setup, restore_setup
+from tokred.train.start import starting_weights
 from tokred.train.state import State, Weights, result
 
 # What may not change midway; mesh, log, checkpoint and evaluate may.
@@ -224,32 +225,6 @@ def resume(setup: Setup, checkpoints: Checkpoints, *, allow_changes: bool = Fals
 def find_place(config: Config, data: Mapping[str, Any]) -> Place:
     """Where in the stream to go on: after the samples that were seen, whatever the batch is now."""
     return {**data["place"], "next_index": data["samples"] // config.data.batch}
-
-
-def starting_weights(setup: Setup) -> Weights:
-    """Fresh weights, or those of the run config.start_from with fresh reductions.
-
-    Raises ValueError where that run's attention has another softmax.
-    """
-    fresh = setup.init()
-    if setup.config.start_from is None:
-        return fresh
-    with Checkpoints(setup.config.start_from, create=False) as checkpoints:
-        require_same_softmax(setup.config, checkpoints.about()["config"])
-        found = checkpoints.weights(
-            fresh.params, setup.mesh, lambda name: name.startswith("reductions/")
-        )
-    return Weights({**fresh.params, **found}, fresh.rest)
-
-
-def require_same_softmax(config: Config, stored: Mapping[str, Any]) -> None:
-    """No parameter tells them apart. Raises ValueError where they differ."""
-    mine, theirs = config.model.get("sink"), stored["model"].get("sink")
-    if mine != theirs:
-        raise ValueError(
-            f"config.start_from={str(config.start_from)!r} was trained with model.sink={theirs}, "
-            f"this config has config.model.sink={mine}; give both the same softmax."
-        )
 
 
 def require_same(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -15,6 +15,9 @@ from tokred.train.state import Arrays
 LAST = ("norm", "head", "reductions")  # behind all blocks
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+
+
 def make_optimizer(
     *,
     lr: float,
@@ -30,8 +33,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm; the rate warms up from 0, then falls or stays.
 
-    All static. warmup: share of `steps`. schedule: 'cosine' | 'constant'. end: the final rate as a
-    share of `lr`, for 'cosine'. clip: 0 for none. layer_decay: see `scale_by_layer`, 1 for none.
+    All static. warmup: share of `steps`. schedule: 'cosine' | 'linear' | 'constant'. end: the final
+    rate as a share of `lr`, where it falls. clip: 0 for none. layer_decay: see `scale_by_layer`, 1
+    for none.
 
     Raises:
       ValueError: a field out of its range.
@@ -62,18 +66,20 @@ def make_schedule(
 ) -> optax.Schedule:
     """Learning rate by step.
 
-    warmup: steps from 0 to `lr`; for 'cosine' at least one step is left to fall.
-    end: final share of `lr`, for 'cosine'.
+    warmup: steps from 0 to `lr`; at least one step is left to fall. end: final share of `lr`.
 
     Raises:
       ValueError: an unknown schedule, or an `end` that it cannot reach.
     """
-    _check("schedule", schedule, schedule in ("cosine", "constant"), "'cosine' or 'constant'")
+    _check("schedule", schedule, schedule in SCHEDULES, f"one of {SCHEDULES}")
     _check("end", end, 0 <= end <= 1, "a share of lr in [0, 1]")
-    start = 0.0 if warmup else lr
+    start, rises = 0.0 if warmup else lr, min(warmup, steps - 1)
     if schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            start, lr, min(warmup, steps - 1), steps, end * lr
+        return optax.warmup_cosine_decay_schedule(start, lr, rises, steps, end * lr)
+    if schedule == "linear":
+        fall = optax.linear_schedule(lr, end * lr, steps - rises)
+        return optax.join_schedules(
+            [optax.linear_schedule(start, lr, max(rises, 1)), fall], [rises]
         )
     _check("end", end, end == 0, "0 with schedule='constant', which never falls")
     return optax.linear_schedule(start, lr, max(warmup, 1))
