@@ -45,7 +45,7 @@ def stored(model: EncoderDecoder) -> dict[str, np.ndarray]:
             at = f"{part}.block.{i}.layer"
             named |= attention(f"{at}.0.SelfAttention", block.attn)
             named[f"{at}.0.layer_norm.weight"] = block.norm1.scale[...]
-            if block.cross is not None:
+            if block.cross is not None and block.norm_cross is not None:
                 named |= attention(f"{at}.1.EncDecAttention", block.cross)
                 named[f"{at}.1.layer_norm.weight"] = block.norm_cross.scale[...]
             last = 1 if block.cross is None else 2
