@@ -9,5 +9,5 @@ from tokred.train.config import Config, finish, span_config
 def get_config(arg: str = "") -> Config:
     config = span_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "capacity": 0.55, "layer": 2}
+    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 2, "delay": 300}
     return finish(config, arg)

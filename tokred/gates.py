@@ -144,24 +144,26 @@ class RateController:
     """A regulariser's coefficient that steers a rate to `target`: PI control, one update a step.
 
     p <- 0.9 p + 0.1 proportional e, i <- i + integral e with e = target - rate; the coefficient is
-    max(0, p + i). The state is {'p', 'i', 'coefficient'}; nothing stops i from winding up. Source:
-    Kallini et al. 2024, jkallini/mrt5.
+    max(0, p + i). delay: steps before it begins. The state is {'p', 'i', 'coefficient', 'step'};
+    nothing stops i from winding up. Source: Kallini et al. 2024, jkallini/mrt5.
     """
 
     target: float
     proportional: float = 0.5
     integral: float = 1e-5
+    delay: int = 0
 
     def init(self) -> dict[str, Array]:
         zero = jnp.zeros((), jnp.float32)
-        return {"p": zero, "i": zero, "coefficient": zero}
+        return {"p": zero, "i": zero, "coefficient": zero, "step": zero}
 
     def update(self, rate: Float[Array, ""], state: dict[str, Array]) -> dict[str, Array]:
         """The state after a step that measured `rate`; no gradient."""
-        error = self.target - jax.lax.stop_gradient(rate)
+        error = (self.target - jax.lax.stop_gradient(rate)) * (state["step"] >= self.delay)
         p = 0.9 * state["p"] + 0.1 * self.proportional * error
         i = state["i"] + self.integral * error
-        return {"p": p, "i": i, "coefficient": jnp.maximum(p + i, 0.0)}
+        coefficient = jnp.maximum(p + i, 0.0)
+        return {"p": p, "i": i, "coefficient": coefficient, "step": state["step"] + 1}
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ def check_nothing_removed_is_identity(row: Row) -> None:
 
 def check_one_compile_for_two_batches(row: Row) -> None:
     run = run_of(row, odd(row), easy(row))
+    before = run.traces  # of other checks
     run(inputs_of(odd(row)))
     run(inputs_of(odd(row), seed=5))
-    assert run.traces == 1
+    assert run.traces <= before + 1
 
 
 def check_permuted_batch_permutes_result(row: Row) -> None:

@@ -158,6 +158,15 @@ def test_the_controller_moves_in_training_alone():
         model(IDS, TARGET, plan=plan, call=Call(train=True))
 
 
+def test_the_controller_may_begin_late():
+    controller = RateController(0.5, integral=0.1, delay=2)
+    state, told = controller.init(), []
+    for _ in range(4):
+        state = controller.update(jnp.asarray(0.1), state)
+        told.append(float(state["coefficient"]))
+    assert told[:2] == [0, 0] and 0 < told[2] < told[3]
+
+
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_the_controller_holds_a_rate(target: float):
     """Of a gate that follows its coefficient: logits fall with it, as training makes them."""

@@ -65,7 +65,8 @@ def test_padding_is_passed_on_only_where_there_is_some():
 def test_metrics_tell_the_rate_and_the_coefficient():
     plan = make_plan("mrt5", CONFIG.layout).with_twin("soft")
     model, objective = EncoderDecoder(CONFIG, plan=plan, rngs=nnx.Rngs(0)), Seq2SeqObjective(plan)
-    states = {"before_1": {name: jnp.asarray(0.2) for name in ("p", "i", "coefficient")}}
+    names = ("p", "i", "coefficient", "step")
+    states = {"before_1": {name: jnp.asarray(0.2) for name in names}}
     _, (metrics, after) = objective(model, batch_of(4), jax.random.key(0), states, {})
     assert 0 < float(metrics["share"]) <= 1 and float(metrics["coefficient"]) == pytest.approx(0.2)
     assert float(metrics["before_1/loss_delete"]) < 0
@@ -88,7 +89,8 @@ def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Pa
 
 def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
     same_rate = ("optimizer.schedule=constant", "optimizer.warmup=0.0", "optimizer.end=0.0")
-    config = load_config(recipe("mrt5_bytes"), (*QUIET, *same_rate, "evaluate.rounds=1"))
+    at_once = ("train.options.delay=0", "evaluate.rounds=1")
+    config = load_config(recipe("mrt5_bytes"), (*QUIET, *same_rate, *at_once))
     run_job(config, tmp_path / "whole")
     config.train.steps = 2
     run_job(config, tmp_path / "parts")

@@ -192,7 +192,9 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
     if setup.config.task == "seq2seq":
         for kept in list(routed.values())[-1:]:
             ids, valid = np.asarray(rows["input"]), np.asarray(rows["input_valid"])
-            viz.write_deletion(ids, ~np.asarray(kept) & valid, valid, workdir, shown=count)
+            names = setup.config.data.languages
+            labels = [names[i] for i in np.asarray(rows["language"])] if names else None
+            viz.write_deletion(ids, ~np.asarray(kept) & valid, valid, workdir, labels, shown=count)
         return
     viz.plot_tokens(
         jnp.asarray(rows["image"][:count]),

@@ -1,0 +1,13 @@
+"""A control of configs/mrt5_bytes.py: as many bytes are deleted, evenly spaced.
+
+python train.py --config=configs/mrt5_bytes_stride.py --workdir=runs/mrt5_bytes_stride
+"""
+
+from tokred.train.config import Config, finish, span_config
+
+
+def get_config(arg: str = "") -> Config:
+    config = span_config()
+    config.train.method = "mrt5"
+    config.train.options = {"keep": 0.5, "gate": "stride", "layer": 2}
+    return finish(config, arg)
