@@ -126,6 +126,11 @@ class Layout:
     width: int
     heads: int
 
+    @classmethod
+    def of_sequence(cls, depth: int, tokens: int, width: int, heads: int) -> "Layout":
+        """Of a model that reads so many tokens one after another, without any in front."""
+        return cls(depth, tokens, 0, (1, tokens), False, width, heads)
+
 
 @dataclass(frozen=True)
 class Reduction:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import KVCache, make_cache
-from tokred.models.sizes import DECODERS
+from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock
 from tokred.nn.layers import Layers
 from tokred.nn.mlp import ACTIVATIONS
@@ -104,15 +104,7 @@ class DecoderConfig:
 
     def layout_of(self, tokens: int) -> Layout:
         """The same for sequences of another length."""
-        return Layout(
-            depth=self.depth,
-            tokens=tokens,
-            prefix=0,
-            grid=(1, tokens),
-            class_token=False,
-            width=self.width,
-            heads=self.heads,
-        )
+        return Layout.of_sequence(self.depth, tokens, self.width, self.heads)
 
     @property
     def projection_macs(self) -> tuple[int, int, int]:
@@ -160,15 +152,7 @@ def decoder_config(name: str, **changes: Any) -> DecoderConfig:
 
     changes: fields of DecoderConfig. Raises ValueError for an unknown size or field.
     """
-    if name not in DECODERS:
-        raise ValueError(
-            f"model {name!r} is unknown; sizes are {sorted(DECODERS)}{nearest(name, DECODERS)}"
-        )
-    fields = {f.name for f in dataclasses.fields(DecoderConfig)}
-    for field in changes:
-        if field not in fields:
-            raise ValueError(f"DecoderConfig has no field {field!r}{nearest(field, fields)}")
-    return DecoderConfig(**{**DECODERS[name], **changes})
+    return make_config(DecoderConfig, DECODERS, name, changes)
 
 
 class Decoder(nnx.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache, Memory, make_cache
 from tokred.models.decoder import check_ids
-from tokred.models.sizes import BYTE_T5
+from tokred.models.sizes import BYTE_T5, make_config
 from tokred.nn.layers import Layers, LayersRan
 from tokred.nn.mlp import ACTIVATIONS
 from tokred.nn.t5_block import RelativeBias, T5Block, T5Shape, t5_norm
@@ -70,15 +70,7 @@ class EncoderDecoderConfig:
 
     def layout_of(self, tokens: int) -> Layout:
         """The same for sources of another length."""
-        return Layout(
-            depth=self.depth,
-            tokens=tokens,
-            prefix=0,
-            grid=(1, tokens),
-            class_token=False,
-            width=self.width,
-            heads=self.heads,
-        )
+        return Layout.of_sequence(self.depth, tokens, self.width, self.heads)
 
     @property
     def projection_macs(self) -> tuple[int, int, int]:
@@ -119,15 +111,7 @@ def encoder_decoder_config(name: str, **changes: Any) -> EncoderDecoderConfig:
 
     changes: fields of EncoderDecoderConfig. Raises ValueError for an unknown size or field.
     """
-    if name not in BYTE_T5:
-        raise ValueError(
-            f"model {name!r} is unknown; sizes are {sorted(BYTE_T5)}{nearest(name, BYTE_T5)}"
-        )
-    fields = {f.name for f in dataclasses.fields(EncoderDecoderConfig)}
-    for field in changes:
-        if field not in fields:
-            raise ValueError(f"EncoderDecoderConfig has no field {field!r}{nearest(field, fields)}")
-    return EncoderDecoderConfig(**{**BYTE_T5[name], **changes})
+    return make_config(EncoderDecoderConfig, BYTE_T5, name, changes)
 
 
 class Stack(nnx.Module):

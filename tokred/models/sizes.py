@@ -1,6 +1,30 @@
 """Sizes by name: fields of the models' configs."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from tokred.plan import nearest
+
+Config = TypeVar("Config")
+
+
+def make_config(
+    kind: type[Config],
+    sizes: Mapping[str, Mapping[str, Any]],
+    name: str,
+    changes: Mapping[str, Any],
+) -> Config:
+    """The config of a size. Raises ValueError for an unknown size or field, with the nearest."""
+    if name not in sizes:
+        raise ValueError(
+            f"model {name!r} is unknown; sizes are {sorted(sizes)}{nearest(name, sizes)}"
+        )
+    fields = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for field in changes:
+        if field not in fields:
+            raise ValueError(f"{kind.__name__} has no field {field!r}{nearest(field, fields)}")
+    return kind(**{**sizes[name], **changes})
 
 
 def _lm(width: int, depth: int, heads: int, **more: Any) -> dict[str, Any]:
