@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
         rows = run_job(config, args.workdir, **how)
         if is_main():
             print(viz.format_table(rows))
-            print(f"written to {args.workdir}: results.json, pareto.png, tokens.png, checkpoints/")
+            made = ", ".join(sorted(path.name for path in args.workdir.iterdir()))
+            print(f"written to {args.workdir}: {made}")
 
 
 if __name__ == "__main__":
