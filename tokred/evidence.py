@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tokred.ops import attention_column_mean, attention_probs, attention_rows, gather
+from tokred.ops.attention import per_query_head
 from tokred.plan import Ask
 from tokred.tokens import Tokens
 
@@ -67,9 +68,8 @@ def provide(ask: Ask, seen: Seen) -> Array:
 
 
 def _qkv(seen: Seen) -> Array:
-    """Key heads repeated for the query heads that share them."""
-    per_query_head = lambda x: jnp.repeat(x, seen.q.shape[-2] // x.shape[-2], axis=-2)  # noqa: E731
-    return jnp.stack([seen.q, per_query_head(seen.k), per_query_head(seen.v)], axis=-3)
+    k, v = (per_query_head(x, seen.q, axis=-2) for x in (seen.k, seen.v))
+    return jnp.stack([seen.q, k, v], axis=-3)
 
 
 def _heads(x: Array, ask: Ask) -> Array:

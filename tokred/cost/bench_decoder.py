@@ -90,7 +90,7 @@ def bench_decoder(
         steps, share = passes.steps, passes.share
         models.pop(PLAIN, None)
         rows += decode_rows(models, tokens, batch, steps, share, key, rounds)
-    return _with_ratios(rows)
+    return beside_dense(rows)
 
 
 def _models(
@@ -162,7 +162,7 @@ def _whole_rows(
     ]
 
 
-def _with_ratios(rows: Sequence[Row]) -> list[Row]:
+def beside_dense(rows: Sequence[Row]) -> list[Row]:
     """Every row beside the faster of the dense ones of its pass; skipping changes no pass."""
     whole = lambda row: row["pass"].split(",")[0]  # noqa: E731
     base: dict[str, Row] = {}

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from tokred.cost.bench import Candidate, Row, choose_plans, split, time_rows, with_ratios
-from tokred.cost.bench_decoder import FORWARD, Passes
+from tokred.cost.bench import Candidate, Row, choose_plans, split, time_rows
+from tokred.cost.bench_decoder import FORWARD, Passes, beside_dense
 from tokred.cost.compiled import compile_cost
 from tokred.cost.macs import macs
 from tokred.models import Conditioned, EncoderDecoder, EncoderDecoderConfig
@@ -64,8 +64,7 @@ def bench_pairs(
     if passes.train:
         soft = {n: p.with_twin("soft") if _softens(p) else p for n, p in plans.items()}
         rows += _rows("train", model, soft, config, ids, key, rounds, _gradient)
-    dense = {row["pass"]: row for row in rows if row["method"] == "dense"}
-    return [with_ratios(row, dense[row["pass"].split(",")[0]]) for row in rows]
+    return beside_dense(rows)
 
 
 def _softens(plan: Plan) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -145,9 +144,7 @@ class Karl(Reduction):
     def _stays(self, logits: Float[Array, "*B T"], valid: Any) -> Bool[Array, "*B T"]:
         """All that do not halt, and the least halted one."""
         value, _, _ = Halting(self.threshold).update(logits)
-        real = logits if valid is None else jnp.where(valid, logits, jnp.inf)
-        least = jax.nn.one_hot(real.argmin(-1), logits.shape[-1], dtype=bool)
-        return (value > 0) | least
+        return routing.at_least_one(value > 0, -logits, valid)
 
 
 def _behind(front: Array, latents: Array) -> Array:

@@ -146,13 +146,10 @@ class MrT5(Reduction):
     def _decide(self, tokens: Tokens, logits: Array, gate: Array) -> Bool[Array, "*B N"]:
         """Which tokens stay: the prefix, those above the threshold, and one in any case."""
         threshold = self.scale / 2 if self.threshold is None else self.threshold
-        alive = jnp.ones_like(gate, bool) if tokens.valid is None else tokens.valid
-        free = alive & ~_prefix(tokens)
-        best = jnp.where(free, logits, -jnp.inf).argmax(-1)
-        best = best[..., None] == jnp.arange(tokens.n).reshape((1,) * (gate.ndim - 1) + (-1,))
-        passed = free & (gate > threshold)
-        lonely = ~passed.any(-1, keepdims=True)
-        return (passed | (lonely & best & free) | _prefix(tokens)) & alive
+        prefix = _prefix(tokens)
+        free = ~prefix if tokens.valid is None else tokens.valid & ~prefix
+        kept = routing.at_least_one(gate > threshold, logits, free)
+        return kept | (prefix if tokens.valid is None else prefix & tokens.valid)
 
     def _regularise(
         self, tokens: Tokens, gate: Array, state: Any, share: Array

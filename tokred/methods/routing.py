@@ -173,6 +173,16 @@ def membership_loss(
     return mean_over(optax.sigmoid_binary_cross_entropy(logits, target), valid)
 
 
+def at_least_one(
+    chosen: Bool[Array, "*B N"], scores: Float[Array, "*B N"], valid: Bool[Array, "*B N"] | None
+) -> Bool[Array, "*B N"]:
+    """The chosen tokens, and in any case the valid one with the highest score; none where no token
+    is valid."""
+    alive = jnp.ones_like(chosen) if valid is None else valid
+    best = jnp.where(alive, scores, -jnp.inf).argmax(-1)
+    return (chosen | jax.nn.one_hot(best, chosen.shape[-1], dtype=bool)) & alive
+
+
 def describe(chosen: Bool[Array, "*B N"], valid: Any) -> dict[str, Array]:
     """What a report tells of a routed layer."""
     return {"entered": chosen, "share": mean_over(chosen.astype(jnp.float32), valid)}

@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
           TypeError: ids that are no integers.
         """
         check_ids(ids, self.config, plan)
-        place = _positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
+        place = count_positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
         tokens = self.tokens(ids, valid, place, document, extra)
         tokens, report, _ = self.decode(tokens, plan=plan, call=call)
         return self.logits(tokens), report
@@ -217,7 +217,7 @@ class Decoder(nnx.Module):
         arguments and errors as in a call.
         """
         check_ids(ids, self.config, plan)
-        place = _positions(ids, valid, None, cache.seen)
+        place = count_positions(ids, valid, None, cache.seen)
         tokens = self.tokens(ids, valid, place, None, extra)
         tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
@@ -285,7 +285,8 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
 
-def _positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
+def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
+    """`position`, or the places [B N] of valid tokens that follow `seen` [B] others."""
     if position is not None:
         return position
     ones = jnp.ones(ids.shape, jnp.int32) if valid is None else valid.astype(jnp.int32)

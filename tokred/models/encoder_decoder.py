@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache, Memory, make_cache
-from tokred.models.decoder import check_ids
+from tokred.models.decoder import check_ids, count_positions
 from tokred.models.sizes import BYTE_T5, make_config
 from tokred.nn.layers import Layers, LayersRan
 from tokred.nn.mlp import ACTIVATIONS
@@ -248,12 +248,12 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B M vocab"], KVCache, Report]:
         """M more target tokens: they follow those that `cache` has seen. See `Decoder.extend`."""
         check_ids(target, self._decoding, DENSE)
-        ones = jnp.ones(target.shape, jnp.int32) if valid is None else valid.astype(jnp.int32)
-        place = (cache.seen[:, None] + jnp.cumsum(ones, axis=-1) - 1).astype(jnp.float32)
+        place = count_positions(target, valid, None, cache.seen).astype(jnp.float32)
         tokens = self.tokens(target, valid).replace(position=place[..., None])
         layout, caching = self._decoder_layout(tokens.n), {"caches": cache.layers, "fresh": fresh}
         ran = self.decoder(tokens, DENSE, call or Call(), layout, memories, **caching)
-        cache = KVCache(ran.caches, (cache.seen + ones.sum(-1)).astype(jnp.int32))
+        more = target.shape[1] if valid is None else valid.sum(-1)
+        cache = KVCache(ran.caches, (cache.seen + more).astype(jnp.int32))
         report = make_report(ran.tokens, ran.records, ran.sources, DENSE.counts(layout))
         return self.logits(ran.tokens), cache, report
 

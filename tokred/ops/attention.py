@@ -120,10 +120,10 @@ def _capped(logits: Array, cap: float | None) -> Array:
 
 
 def _weigh(probs: Float[Array, "*B H N M"], v: Float[Array, "*B M G E"]) -> Array:
-    return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), _per_query_head(v, probs))
+    return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), per_query_head(v, probs))
 
 
-def _per_query_head(x: Array, probs_or_queries: Array, axis: int = -3) -> Array:
+def per_query_head(x: Array, probs_or_queries: Array, axis: int = -3) -> Array:
     """Key heads repeated for the query heads that share them."""
     return jnp.repeat(x, probs_or_queries.shape[axis] // x.shape[-2], axis=-2)
 
@@ -178,7 +178,7 @@ def attention_probs(
     """All probabilities, in float32; arguments as `attention` has them. `own` [N] tells which key
     is a query's own (default: its index), for `policy` only. Gradient: to every float argument.
     """
-    k = _per_query_head(k, q, axis=-2)
+    k = per_query_head(k, q, axis=-2)
     logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32)
     logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
     joint = _joint_bias(key_bias(bias, valid), pair_bias)

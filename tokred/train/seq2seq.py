@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int
 
 from tokred.plan import Layout
 from tokred.report import Call, Report
-from tokred.train.losses import Batch, Objective, Parts
+from tokred.train.losses import Batch, Parts
 from tokred.train.metrics import told
-from tokred.train.text import next_token_loss
+from tokred.train.text import TokenObjective, count_targets
 
 
 class Pairs(NamedTuple):
@@ -23,7 +23,7 @@ class Pairs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seq2SeqObjective(Objective):
+class Seq2SeqObjective(TokenObjective):
     """Pairs of a source and a target, see `data.pairs`.
 
     padded: sources may end in padding; static, so that what is not needed costs nothing.
@@ -35,11 +35,6 @@ class Seq2SeqObjective(Objective):
         "input", "input_valid", "decoder_input", "target", "weight",
     )  # fmt: skip
 
-    def prepare(
-        self, model: Any, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[Pairs, tuple[Array, Array]]:
-        return self.inputs(batch), (batch["target"], batch["weight"])
-
     def inputs(self, batch: Batch) -> Pairs:
         valid = batch["input_valid"] if self.padded else None
         return Pairs(batch["input"], valid, batch["decoder_input"])
@@ -47,26 +42,11 @@ class Seq2SeqObjective(Objective):
     def run(self, model: Any, inputs: Pairs, call: Call) -> tuple[Array, Report]:
         return model(inputs.ids, inputs.target, plan=self.plan, call=call, valid=inputs.valid)
 
-    def fit(self, logits: Array, targets: tuple[Array, Array]) -> Float[Array, ""]:
-        target, weight = targets
-        loss = next_token_loss(logits, target) * weight
-        return loss.sum() / jnp.maximum(weight.sum(), 1.0)
-
-    def tokens(self, inputs: Pairs) -> int:
-        return inputs.ids.shape[1]
-
     def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
-        rows = batch.get("valid", jnp.ones(len(logits), bool))
-        weight = batch["weight"] * rows[:, None]
-        count, right = weight.sum(), logits.argmax(-1) == batch["target"]
-        whole = (right | (weight == 0)).all(-1) & rows
-        sums = {
-            "count": count,
-            "correct": (weight * right).sum(),
-            "loss": (weight * next_token_loss(logits, batch["target"])).sum(),
-            "exact": count * whole.sum() / jnp.maximum(rows.sum(), 1),
-        }
-        return sums | {name: count * value for name, value in told(report).items()}
+        sums, right, rows = count_targets(logits, batch)
+        whole = (right | (batch["weight"] == 0)).all(-1) & rows
+        sums["exact"] = sums["count"] * whole.sum() / jnp.maximum(rows.sum(), 1)
+        return sums | {name: sums["count"] * value for name, value in told(report).items()}
 
     def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
         """loss in nats per token; exact: share of targets that are right as a whole; deletion_rate,

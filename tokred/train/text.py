@@ -31,7 +31,39 @@ def next_token_loss(
 
 
 @dataclass(frozen=True)
-class TextObjective(Objective):
+class TokenObjective(Objective):
+    """What models that write tokens share: 'target' and 'weight' [B M], the mean over weighted
+    targets. Inputs hold the `ids` that are read."""
+
+    def prepare(
+        self, model: Any, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Any, tuple[Array, Array]]:
+        return self.inputs(batch), (batch["target"], batch["weight"])
+
+    def fit(self, logits: Array, targets: tuple[Array, Array]) -> Float[Array, ""]:
+        target, weight = targets
+        loss = next_token_loss(logits, target) * weight
+        return loss.sum() / jnp.maximum(weight.sum(), 1.0)
+
+    def tokens(self, inputs: Any) -> int:
+        return inputs.ids.shape[1]
+
+
+def count_targets(logits: Float[Array, "B M V"], batch: Batch) -> tuple[Parts, Array, Array]:
+    """(sums 'count', 'correct' and 'loss' over weighted targets, which are right [B M], valid rows
+    [B])."""
+    rows = batch.get("valid", jnp.ones(len(logits), bool))
+    weight, right = batch["weight"] * rows[:, None], logits.argmax(-1) == batch["target"]
+    sums = {
+        "count": weight.sum(),
+        "correct": (weight * right).sum(),
+        "loss": (weight * next_token_loss(logits, batch["target"])).sum(),
+    }
+    return sums, right, rows
+
+
+@dataclass(frozen=True)
+class TextObjective(TokenObjective):
     """Next tokens: 'input', 'target', 'weight', 'position', 'document' [B N], see `data.packing`.
 
     padded: rows may end in padding; documents: rows may hold several documents. Static, so that
@@ -42,11 +74,6 @@ class TextObjective(Objective):
     documents: bool = True
 
     fields: ClassVar[tuple[str, ...]] = ("input", "target", "weight", "position", "document")
-
-    def prepare(
-        self, model: Any, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[Sequences, tuple[Array, Array]]:
-        return self.inputs(batch), (batch["target"], batch["weight"])
 
     def inputs(self, batch: Batch) -> Sequences:
         position = batch["position"]
@@ -65,26 +92,10 @@ class TextObjective(Objective):
             extra={"generated": inputs.position},
         )
 
-    def fit(self, logits: Array, targets: tuple[Array, Array]) -> Float[Array, ""]:
-        target, weight = targets
-        loss = next_token_loss(logits, target) * weight
-        return loss.sum() / jnp.maximum(weight.sum(), 1.0)
-
-    def tokens(self, inputs: Sequences) -> int:
-        return inputs.ids.shape[1]
-
     def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
-        valid = batch.get("valid", jnp.ones(len(logits), bool))
-        weight = batch["weight"] * valid[:, None]
-        count = weight.sum()
-        right = logits.argmax(-1) == batch["target"]
-        sums = {
-            "count": count,
-            "correct": (weight * right).sum(),
-            "loss": (weight * next_token_loss(logits, batch["target"])).sum(),
-        }
+        sums, _, _ = count_targets(logits, batch)
         agree = [aux["agreement"] for aux in report.aux.values() if "agreement" in aux]
-        return sums | ({"agreement": count * jnp.stack(agree).mean()} if agree else {})
+        return sums | ({"agreement": sums["count"] * jnp.stack(agree).mean()} if agree else {})
 
     def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
         """loss in nats per token; agreement: of gates with the choice they were trained on."""
