@@ -1,13 +1,14 @@
-"""MrT5 from scratch on span corruption of bytes: a gate deletes half of them after two layers.
+"""MrT5 from a trained model: a gate learns to delete half of the bytes after two layers.
 
-python train.py --config=configs/mrt5_bytes.py --workdir=runs/mrt5_bytes
+python train.py --config=configs/mrt5_bytes.py --workdir=runs/mrt5_bytes \\
+  --config.start_from=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, finish, span_config
+from tokred.train.config import Config, continued_config, finish
 
 
 def get_config(arg: str = "") -> Config:
-    config = span_config()
+    config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 2, "delay": 300}
+    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 2, "two_sided": True}
     return finish(config, arg)

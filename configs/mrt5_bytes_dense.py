@@ -1,10 +1,12 @@
-"""Span corruption of bytes without deletion: what the others are compared with.
+"""More span corruption of bytes without deletion: what the others are compared with.
 
-python train.py --config=configs/mrt5_bytes_dense.py --workdir=runs/mrt5_bytes_dense
+python train.py --config=configs/mrt5_bytes_dense.py --workdir=runs/mrt5_bytes_dense \\
+  --config.start_from=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, finish, span_config
+from tokred.train.config import Config, continued_config, finish
 
 
 def get_config(arg: str = "") -> Config:
-    return finish(span_config(), arg)
+    config = continued_config()
+    return finish(config, arg)

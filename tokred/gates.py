@@ -144,14 +144,17 @@ class RateController:
     """A regulariser's coefficient that steers a rate to `target`: PI control, one update a step.
 
     p <- 0.9 p + 0.1 proportional e, i <- i + integral e with e = target - rate; the coefficient is
-    max(0, p + i). delay: steps before it begins. The state is {'p', 'i', 'coefficient', 'step'};
-    nothing stops i from winding up. Source: Kallini et al. 2024, jkallini/mrt5.
+    max(0, p + i). delay: steps before it begins. two_sided: p + i as it is, so that a rate above
+    the target is pushed back too, which a model that starts from scratch needs. The state is {'p',
+    'i', 'coefficient', 'step'}; nothing stops i from winding up. Source: Kallini et al. 2024,
+    jkallini/mrt5 (two_sided is our own).
     """
 
     target: float
     proportional: float = 0.5
     integral: float = 1e-5
     delay: int = 0
+    two_sided: bool = False
 
     def init(self) -> dict[str, Array]:
         zero = jnp.zeros((), jnp.float32)
@@ -162,7 +165,7 @@ class RateController:
         error = (self.target - jax.lax.stop_gradient(rate)) * (state["step"] >= self.delay)
         p = 0.9 * state["p"] + 0.1 * self.proportional * error
         i = state["i"] + self.integral * error
-        coefficient = jnp.maximum(p + i, 0.0)
+        coefficient = p + i if self.two_sided else jnp.maximum(p + i, 0.0)
         return {"p": p, "i": i, "coefficient": coefficient, "step": state["step"] + 1}
 
 

@@ -40,8 +40,8 @@ class MrT5(Reduction):
     positions: after deletion 'keep' (the true distances, official) or 'renumber' without gaps.
     gate: 'learned', or controls that delete `target` of every example: 'random', 'stride'.
     target: deletion rate; 0 deletes nothing. coefficient: of the mean G in the loss; None for a
-    `RateController` (proportional, integral, delay), whose state is the running state of this
-    reduction: the loss takes the coefficient of the step before. The rate is the mean over all
+    `RateController` (proportional, integral, delay, two_sided), whose state is this reduction's
+    running state: the loss takes the coefficient of the step before. The rate is the mean over all
     valid tokens of the batch, the one sum over devices that training adds. threshold: None for
     scale / 2.
     Gradient: to the gate through the keys' bias and 'loss_delete'; none through the choice.
@@ -56,6 +56,7 @@ class MrT5(Reduction):
     proportional: float = 0.5
     integral: float = 1e-5
     delay: int = 0
+    two_sided: bool = False
     noise: bool = False
     corrected: bool = False
     positions: str = "keep"
@@ -169,7 +170,9 @@ class MrT5(Reduction):
     @property
     def controller(self) -> RateController:
         """What steers the coefficient where it is not fixed."""
-        return RateController(self.target, self.proportional, self.integral, self.delay)
+        return RateController(
+            self.target, self.proportional, self.integral, self.delay, self.two_sided
+        )
 
     def _soften(self, tokens: Tokens, gate: Array, kept: Array) -> Tokens:
         gate = jnp.where(kept, gate, NEGATIVE) if self.corrected else gate
@@ -227,6 +230,7 @@ def mrt5(
     proportional: float = 0.5,
     integral: float = 1e-5,
     delay: int = 0,
+    two_sided: bool = False,
     noise: bool = False,
     corrected: bool = False,
     positions: str = "keep",
@@ -240,6 +244,6 @@ def mrt5(
     layer = (3 if layout.depth >= 6 else layout.depth // 2) if layer is None else layer
     reduction = MrT5(
         round(1 - keep, 6), keep if capacity is None else capacity, gate, scale, threshold,
-        coefficient, proportional, integral, delay, noise, corrected, positions,
+        coefficient, proportional, integral, delay, two_sided, noise, corrected, positions,
     )  # fmt: skip
     return Plan(((Site("before", layer), reduction),), name="mrt5")

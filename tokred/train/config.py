@@ -129,6 +129,15 @@ def span_config() -> Config:
     return config
 
 
+def continued_config() -> Config:
+    """What the recipes that go on from a model of `span_config` share; set start_from."""
+    config = span_config()
+    config.train.steps = 500
+    config.optimizer.update({"lr": 5e-4, "schedule": "linear", "warmup": 0.0, "end": 0.0})
+    config.log.every = 25
+    return config
+
+
 def digits_config() -> Config:
     """What the digits recipes share: the model, and dense training of it for 3200 steps."""
     config = default_config()

@@ -2,7 +2,8 @@
 
 Prints mean and spread per method and writes DIR/results.json and DIR/pareto.png over all seeds;
 each seed's run is in DIR/seed_N. Several recipes, separated by commas, are compared: their rows
-bear the recipe's name, their runs are in DIR/RECIPE/seed_N.
+bear the recipe's name, their runs are in DIR/RECIPE/seed_N. In config.start_from '{seed}' stands
+for the seed.
 """
 
 from collections.abc import Sequence
@@ -24,10 +25,12 @@ def main(argv: Sequence[str]) -> None:
     args, overrides = parser.read(argv)
     recipes, rows = args.config.split(","), []
     configs = [load_config(recipe, overrides) for recipe in recipes]
+    starts = [config.start_from for config in configs]
     names = [Path(recipe.partition(":")[0]).stem for recipe in recipes]
     for seed in read_seeds(args.seeds):
-        for name, config in zip(names, configs, strict=True):
+        for name, config, start in zip(names, configs, starts, strict=True):
             config.seed = seed
+            config.start_from = start and start.replace("{seed}", str(seed))
             alone = len(recipes) == 1
             workdir = args.workdir if alone else args.workdir / name
             found = run_job(config, workdir / f"seed_{seed}")
