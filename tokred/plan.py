@@ -1,135 +1,51 @@
-"""What acts where: sites, reductions and plans.
+"""What acts where: reductions and plans.
 
 Models take a Plan and know no method; methods know tokens, evidence and maps, and know no model.
 """
 
 import dataclasses
-import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Array, PRNGKeyArray
 
 from tokred.maps import TokenMap
+from tokred.site import (
+    AROUND,
+    EVIDENCE,
+    EXPERT_WEIGHT,
+    LAYER_SITES,
+    MODEL_SITES,
+    PARTS,
+    Ask,
+    Layout,
+    Site,
+    nearest,
+)
 from tokred.tokens import Tokens, move
 
-LAYER_SITES = (
-    "before", "keys", "inside", "mid", "after", "around", "around_attention", "around_mlp"
-)  # fmt: skip
-AROUND = ("around", "around_attention", "around_mlp")
-MODEL_SITES = ("input", "output", "cache", "step", "loss")
-EVIDENCE = (
-    "rows", "column_mean", "probs", "keys", "values", "qkv", "input", "hidden", "normed", "cached",
-    "experts",
-)  # fmt: skip
-EXPERT_WEIGHT = "expert_weight"  # in Tokens.extra: weights of the next MLP's experts
+__all__ = [
+    "AROUND",
+    "EVIDENCE",
+    "EXPERT_WEIGHT",
+    "LAYER_SITES",
+    "MODEL_SITES",
+    "PARTS",
+    "TWINS",
+    "Ask",
+    "LayerCount",
+    "Layout",
+    "Plan",
+    "Reduction",
+    "Site",
+    "Step",
+    "nearest",
+    "require_class_token",
+    "require_module",
+]  # fmt: skip
 TWINS = ("packed", "soft", "causal")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for error sentences, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """A place in a model: a kind of `LAYER_SITES` with its layer, or one of `MODEL_SITES`.
-
-    until: the last layer of a span that 'around' encloses, each layer with all of its sites; None
-    for one layer alone, whose 'before' and 'after' lie outside.
-    """
-
-    kind: str
-    layer: int | None = None
-    until: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in LAYER_SITES + MODEL_SITES:
-            raise ValueError(
-                f"Site: {self.kind!r} is no site{nearest(self.kind, LAYER_SITES + MODEL_SITES)}"
-            )
-        if (self.kind in LAYER_SITES) != (self.layer is not None):
-            raise ValueError(
-                f"Site {self.kind!r}: layer={self.layer}; only layer sites take a layer."
-            )
-        if self.until is None:
-            return
-        if self.kind != "around" or not self.layers:
-            raise ValueError(
-                f"Site {self.kind!r}: until={self.until} must be a layer from layer={self.layer} "
-                "on, at a site 'around'; change until."
-            )
-        if self.until == self.layer:
-            object.__setattr__(self, "until", None)
-
-    @property
-    def name(self) -> str:
-        parts = (self.kind, self.layer, self.until)
-        return "_".join(str(part) for part in parts if part is not None)
-
-    @property
-    def layers(self) -> range:
-        """The layers that the site concerns; none for those of `MODEL_SITES`."""
-        if self.layer is None:
-            return range(0)
-        return range(self.layer, (self.layer if self.until is None else self.until) + 1)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Evidence by name. All but 'probs' are per-token arrays [*B N ...].
-
-    kind: 'rows' attention of chosen queries, their own softmax · 'column_mean' attention received
-    · 'probs' all of [*B H N N], paid visibly · 'keys', 'values', 'qkv' projections · 'input' the
-    layer's input · 'hidden' the current features · 'normed' those as the branch at this site
-    normalises them · 'cached' how many entries the layer's cache holds already, [*B N]
-    · 'experts' the logits of a mixture of experts' router.
-    rows: 'cls' | 'last' | the name of a query mask in `Tokens.extra`.
-    heads: 'mean' | 'all' (then a head axis follows the token axis).
-    layer: 0 this layer · -d stored d layers ago and moved since · +d a later layer's projections
-    of the current tokens.
-    """
-
-    kind: str
-    rows: str = "cls"
-    heads: str = "mean"
-    layer: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in EVIDENCE:
-            raise ValueError(
-                f"Ask: kind={self.kind!r} is no evidence{nearest(self.kind, EVIDENCE)}"
-            )
-        if self.heads not in ("mean", "all"):
-            raise ValueError(f"Ask: heads={self.heads!r} must be 'mean' or 'all'.")
-
-    @property
-    def name(self) -> str:
-        rows = f"_{self.rows}" if self.kind == "rows" else ""
-        heads = "" if self.heads == "mean" else f"_{self.heads}"
-        layer = f"@{self.layer:+d}" if self.layer else ""
-        return f"{self.kind}{rows}{heads}{layer}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a plan may know of a model, all static: tokens includes the prefix."""
-
-    depth: int
-    tokens: int
-    prefix: int
-    grid: tuple[int, int]
-    class_token: bool
-    width: int
-    heads: int
-
-    @classmethod
-    def of_sequence(cls, depth: int, tokens: int, width: int, heads: int) -> "Layout":
-        """Of a model that reads so many tokens one after another, without any in front."""
-        return cls(depth, tokens, 0, (1, tokens), False, width, heads)
 
 
 @dataclass(frozen=True)
@@ -140,11 +56,12 @@ class Reduction:
     the default way. A learned one also defines `build` and `__call__` with its twins.
 
     twins: the forms that exist, see `Plan`; in any but the packed one all tokens stay in their
-    slots. Under a twin that a reduction lacks it acts packed.
+    slots. Under a twin that a reduction lacks it acts packed. grows: whether it may add tokens.
     """
 
     asks: ClassVar[tuple[Ask, ...]] = ()
     twins: ClassVar[tuple[str, ...]] = ("packed",)
+    grows: ClassVar[bool] = False
 
     def counts(self, n: int, prefix: int) -> int:
         """Tokens out for `n` tokens in, prefix included in both."""
@@ -184,6 +101,10 @@ class Reduction:
     def cached(self, length: int) -> int:
         """Slots that the cache of this layer needs for a sequence of `length` tokens."""
         return length
+
+    def out_width(self, width: int) -> int:
+        """D of the tokens behind this reduction; a module, if any, is built for `width`."""
+        return width
 
     def module_name(self, site: Site) -> str:
         """Where the module hangs in the model; reductions that name one place share one module."""
@@ -250,6 +171,8 @@ class Plan:
             raise ValueError(f"Plan: twin={self.twin!r} must be one of {TWINS}; change twin.")
         for (a, _), (b, _) in itertools.combinations(self.spans, 2):
             one, two = a.layers, b.layers
+            if a.part != b.part:
+                continue
             if one == two or one.start < two.start < one.stop < two.stop:
                 raise ValueError(
                     f"Plan {self.name!r}: spans {a.name} and {b.name} overlap; put one inside the "
@@ -301,11 +224,37 @@ class Plan:
     def with_twin(self, twin: str) -> "Plan":
         return dataclasses.replace(self, twin=twin)
 
+    def within(self, part: str) -> "Plan":
+        """The same in one part of a larger model; what names a part already stays there."""
+        place = lambda site: site if site.part else dataclasses.replace(site, part=part)  # noqa: E731
+        return dataclasses.replace(self, steps=tuple((place(site), r) for site, r in self.steps))
+
+    def of(self, part: str) -> "Plan":
+        """What happens in one part, as a plan of that part alone."""
+        mine = (step for step in self.steps if step[0].part == part)
+        steps = tuple((dataclasses.replace(site, part=""), r) for site, r in mine)
+        return dataclasses.replace(self, steps=steps)
+
+    def __add__(self, other: "Plan") -> "Plan":
+        """Both, one after the other where they share a site, under the twin of the first."""
+        name = "+".join(p.name for p in (self, other) if p.steps) or self.name
+        return dataclasses.replace(self, steps=self.steps + other.steps, name=name)
+
     def build(self, layout: Layout, rngs: Any) -> dict[str, Any]:
-        """Modules of the learned reductions, by their names."""
-        named = {r.module_name(site): r for site, r in self.steps}
-        built = {name: r.build(layout.width, layout.heads, rngs) for name, r in named.items()}
+        """Modules of the learned reductions, by their names, each for the width that it meets."""
+        built, width = {}, layout.width
+        for site, reduction in self.steps:
+            name = reduction.module_name(site)
+            if name not in built:
+                built[name] = reduction.build(width, layout.heads, rngs)
+            width = reduction.out_width(width)
         return {name: module for name, module in built.items() if module is not None}
+
+    def out_width(self, width: int) -> int:
+        """D of the tokens behind the whole plan."""
+        for _, reduction in self.steps:
+            width = reduction.out_width(width)
+        return width
 
     def init(self) -> dict[str, Any]:
         """Running states of the reductions at step 0, by site name."""
@@ -345,6 +294,11 @@ class Plan:
     def check(self, layout: Layout) -> None:
         """Raises what `counts` raises for layers and evidence."""
         for site, reduction in self.steps:
+            if site.part:
+                raise ValueError(
+                    f"Plan {self.name!r}: site {site.name} lies in a part that this model does not "
+                    f"have; give it plan.of({site.part!r})."
+                )
             if site.layer is not None and not 0 <= site.layer < site.layers.stop <= layout.depth:
                 raise ValueError(
                     f"Plan {self.name!r}: site {site.name} lies outside a model of {layout.depth} "
@@ -371,7 +325,7 @@ class Plan:
         for site, reduction in steps:
             k = reduction.slots(n, layout.prefix, self.twin)
             lowest = 0 if site.kind in AROUND else layout.prefix + 1  # around, all come back
-            if not lowest <= k <= n:
+            if not lowest <= k <= (max(k, n) if reduction.grows else n):
                 raise ValueError(
                     f"Plan {self.name!r}: {type(reduction).__name__} at {site.name} would leave "
                     f"{k} of {n} tokens ({layout.prefix} protected); give it a count in "

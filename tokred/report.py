@@ -13,8 +13,16 @@ from jaxtyping import Array, PRNGKeyArray
 from tokred.maps import Keep, TokenMap
 from tokred.ops import gather
 from tokred.ops.gather import aligned
-from tokred.plan import LAYER_SITES, MODEL_SITES, Ask, LayerCount, Plan, Reduction, Site
+from tokred.plan import LAYER_SITES, MODEL_SITES, PARTS, Ask, LayerCount, Plan, Reduction, Site
 from tokred.tokens import Tokens
+
+_DRAWS = 1_000_003  # folded into a key with the number of a part; above those of layers
+
+
+def _of(part: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What is there of one part, without its name in front."""
+    start = f"{part}/"
+    return {k.removeprefix(start): value for k, value in named.items() if k.startswith(start)}
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Call:
     key: draws of a layer come from it and the layer's number. remat: how many of the first layers,
     which hold the most tokens, compute their activations again in the backward pass instead of
     storing them. skip: in decoding, leave out a layer that no example's token enters, at the price
-    of asking all of them.
+    of asking all of them. given: what is no token of this model, by name, for `Ask('given')`.
     """
 
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -33,6 +41,22 @@ class Call:
     train: bool = False
     remat: int = 0
     skip: bool = False
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def look_up(self, ask: Ask) -> Any:
+        """What was given under the name that is asked for. Raises ValueError where nothing was."""
+        if ask.rows not in self.given:
+            raise ValueError(
+                f"Ask {ask.name!r}: nothing is given as {ask.rows!r}, only {sorted(self.given)}; "
+                "pass it in Call(given=...)."
+            )
+        return self.given[ask.rows]
+
+    def of(self, part: str) -> "Call":
+        """What the sites of one part are handed, see `Plan.of`; draws differ between parts."""
+        inside = self.in_layer(_DRAWS + PARTS.index(part))
+        modules, states = _of(part, self.modules), _of(part, self.states)
+        return dataclasses.replace(inside, modules=modules, states=states)
 
     def in_layer(self, number: int | Array) -> "Call":
         """The same with this layer's own key."""
@@ -82,6 +106,12 @@ class Report:
         """Which tokens [*B N] entered each layer, or branch, that they may skip; by site."""
         return {site: aux["entered"] for site, aux in self.aux.items() if "entered" in aux}
 
+    def of(self, part: str) -> "Report":
+        """What happened at the sites of one part, under that part's own names."""
+        named = ("maps", "aux", "states", "evidence")
+        mine = {field: _of(part, getattr(self, field)) for field in named}
+        return dataclasses.replace(self, **mine)
+
     def restore(self, y: Array, fill: float = 0) -> Array:
         """What the last tokens have [*B K ...], such as a decoder's logits, for every original
         [*B S ...]: that of the token it is now part of, `fill` where it is gone."""
@@ -101,6 +131,18 @@ class Report:
             for name, value in aux.items()
             if name.startswith("loss")
         }
+
+
+def join_reports(parts: Mapping[str, Report], last: str) -> Report:
+    """One Report of a model's parts: sites as 'part/site', tokens, sources and counts of `last`."""
+    join = lambda field: {  # noqa: E731
+        f"{part}/{site}": value
+        for part, report in parts.items()
+        for site, value in getattr(report, field).items()
+    }
+    named = {field: join(field) for field in ("maps", "aux", "states", "evidence")}
+    end = parts[last]
+    return Report(tokens=end.tokens, sources=end.sources, counts=end.counts, **named)
 
 
 def make_report(
@@ -152,12 +194,15 @@ def reduce_at(
 def reduce_model(
     plan: Plan, kind: str, tokens: Tokens, call: Call
 ) -> tuple[Tokens, tuple[Record, ...]]:
-    """Every reduction at a site of the whole model, where only 'hidden' is there to ask for."""
+    """Every reduction at a site of the whole model, where only 'hidden' and 'given' are there to
+    ask for."""
 
     def give(ask: Ask) -> Array:
+        if ask.kind == "given":
+            return call.look_up(ask)
         if ask.kind != "hidden":
             raise ValueError(
-                f"Plan {plan.name!r}: site {kind!r} can give 'hidden' only, not {ask.name!r}."
+                f"Plan {plan.name!r}: site {kind!r} gives 'hidden' or 'given', not {ask.name!r}."
             )
         return tokens.x
 
@@ -179,6 +224,8 @@ def _key(step: int, site: Site, call: Call) -> PRNGKeyArray | None:
 
 
 def _moved(name: str, value: Array, map_: TokenMap) -> Array:
+    if name.startswith("given"):
+        return value
     if name.startswith("probs"):
         raise ValueError("Plan: two reductions at one site cannot share 'probs'; use two sites.")
     return map_.apply(value, "keep" if isinstance(map_, Keep) else "mean")

@@ -95,7 +95,7 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
     if "class token" in method.needs:
         require_class_token(f"method {name!r}", layout)
     plan = method.make(layout, **options)
-    plan.counts(layout)
+    plan.of("").counts(layout)
     return plan
 
 

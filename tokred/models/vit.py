@@ -39,6 +39,7 @@ class ViTConfig:
     position: 'learned', 'sincos' (fixed), 'learned_sincos' (learned from that start).
     pool: 'class', 'mean' over patch tokens, or 'size_mean', which weighs merged tokens by size.
     norm_after_pool: the final norm follows pooling (MAE) instead of preceding it.
+    classes: 0 for no head, where only features are wanted.
     gelu: 'exact' | 'tanh'. drop_path: stochastic depth of the last layer, growing from 0.
     scan: run equal layers under one compiled body; default False: compiling gets faster, but the
     step slower (README, 'Scanning').
@@ -193,7 +194,7 @@ class ViT(nnx.Module):
             for _ in range(c.depth)
         )
         self.norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
-        self.head = nnx.Linear(c.width, c.classes, **common)
+        self.head = nnx.Linear(c.width, c.classes, **common) if c.classes else None
         self.reductions = nnx.Dict(plan.build(layout, rngs))
 
     def __call__(
@@ -235,24 +236,34 @@ class ViT(nnx.Module):
         return make_tokens(x, valid=valid, position=place, prefix=prefix)
 
     def encode(
-        self, tokens: Tokens, *, plan: Plan = DENSE, call: Call | None = None
+        self,
+        tokens: Tokens,
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        layers: int | None = None,
     ) -> tuple[Tokens, Report]:
-        """All layers and the final norm; the Report tells what the plan did."""
-        counts = plan.counts(self.config.layout)
+        """All layers and the final norm, or the first `layers` without it (static); the Report
+        tells what the plan did."""
+        depth = self.config.depth if layers is None else layers
+        counts = plan.counts(dataclasses.replace(self.config.layout, depth=depth))
         call = call or Call()
         call = dataclasses.replace(call, modules={**self.reductions, **call.modules})
         tokens, first = reduce_model(plan, "input", tokens, call)
         c = self.config
         rates = [c.drop_path * layer / max(c.depth - 1, 1) for layer in range(c.depth)]
-        ran = Layers(self.blocks, rates, c.scan)(tokens, plan, call, counts)
+        only = None if layers is None else range(layers)
+        ran = Layers(self.blocks, rates, c.scan)(tokens, plan, call, counts, only=only)
         tokens = ran.tokens
-        if not c.norm_after_pool:
+        if not c.norm_after_pool and layers is None:
             tokens = tokens.replace(x=self.norm(tokens.x))
         tokens, last = reduce_model(plan, "output", tokens, call)
         return tokens, make_report(tokens, first + ran.records + last, ran.sources, counts)
 
     def classify(self, tokens: Tokens) -> Float[Array, "B classes"]:
-        """Logits of pooled tokens, in float32."""
+        """Logits of pooled tokens, in float32. Raises ValueError without a head."""
+        if self.head is None:
+            raise ValueError("ViT: classes=0 has no head; set ViTConfig.classes, or call encode.")
         x = pool_tokens(tokens, self.config.pool)
         x = self.norm(x) if self.config.norm_after_pool else x
         return self.head(x).astype(jnp.float32)

@@ -78,6 +78,8 @@ class Here:
         if ask.kind == "normed":
             norm = self.block.norm2 if kind in ("around_mlp", "mid") else self.block.norm1
             return norm(tokens.x)
+        if ask.kind == "given":
+            return self.call.look_up(ask)
         if ask.kind == "experts":
             return self.block.route(tokens.x)
         if ask.kind == "cached":
