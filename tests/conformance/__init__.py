@@ -5,7 +5,15 @@ import pytest
 COMMON = ("shapes", "invariance", "alone", "numerics", "gradients", "devices")
 TEXT = (*COMMON, "sequences", "decoding")
 IMAGES = (*COMMON, "images")
-THEMES = {"vit": IMAGES, "vit_mean": IMAGES, "decoder": TEXT, "experts": TEXT, "pairs": COMMON}
+THEMES = {
+    "vit": IMAGES,
+    "vit_mean": IMAGES,
+    "vit_grid": IMAGES,
+    "vit_square": IMAGES,
+    "decoder": TEXT,
+    "experts": TEXT,
+    "pairs": COMMON,
+}
 
 pytest.register_assert_rewrite(
     *(f"tests.conformance.{theme}" for themes in THEMES.values() for theme in themes)

@@ -31,6 +31,7 @@ def step_of(row: Row, layout: Layout) -> tuple[Site, Reduction]:
     if get_method(row.method).family == "skip":
         return make_plan(row.method, layout, **row.easy).steps[-1]
     options = {"keep": 8 / (layout.tokens - layout.prefix)}
+    options = row.easy if "images" in row.easy else options  # it pools what they say
     site, reduction = make_plan(row.method, layout, **options).steps[0]
     return site, reduction if row.padding is None else row.padding(layout)
 

@@ -40,7 +40,7 @@ def check_forward_needs_no_collective(row: Row) -> None:
 
     def logits(state, inputs):
         out, report = run.forward(state, inputs, None)
-        return out, [map_.source for map_ in report.maps.values()]
+        return out, {site: map_.source for site, map_ in report.maps.items()}
 
     args = jax.device_put(run.state, everywhere), jax.device_put(inputs_of(odd(row)), split)
     traces = run.traces
@@ -50,8 +50,8 @@ def check_forward_needs_no_collective(row: Row) -> None:
     out, sources = compiled(*args)
     expected, report = report_of(row, easy(row))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    for source, map_ in zip(sources, report.maps.values(), strict=True):
-        np.testing.assert_array_equal(source, map_.source)
+    for site, map_ in report.maps.items():
+        np.testing.assert_array_equal(sources[site], map_.source)
 
 
 def check_training_only_sums_gradients(row: Row) -> None:

@@ -142,6 +142,14 @@ MODELS: dict[str, Any] = {
         ViTConfig(image_size=(12, 20), pool="mean", **PATCHES),
         ViTConfig(image_size=(16, 16), pool="mean", registers=2, **PATCHES),
     ),
+    "vit_grid": Vision(
+        ViTConfig(image_size=(16, 24), pool="mean", **PATCHES),
+        ViTConfig(image_size=(16, 16), pool="mean", registers=2, **PATCHES),
+    ),
+    "vit_square": Vision(
+        ViTConfig(image_size=(12, 12), pool="mean", **PATCHES),
+        ViTConfig(image_size=(16, 16), pool="mean", registers=2, **PATCHES),
+    ),
     "decoder": _language(),
     "experts": _language(experts=3),
     "pairs": Pairs(

@@ -54,7 +54,7 @@ def decoding(row: Row) -> Plan:
 
 def routes(plan: Plan) -> bool:
     """Whether tokens only skip layers: then all are there at the end."""
-    return any(site.kind in AROUND for site, _ in plan.steps)
+    return bool(plan.steps) and all(site.kind in AROUND for site, _ in plan.steps)
 
 
 @functools.cache

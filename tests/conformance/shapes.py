@@ -76,6 +76,8 @@ def _fits(kind: str, n: int, k: int, count: LayerCount) -> None:
         assert (n, k) == (count.mlp, count.out)
     elif kind == "output":
         assert k <= n
+    elif kind == "input":  # all of them enter the first layer, or what stands around it
+        assert k in (count.queries, count.out)
     elif kind in AROUND:
         assert (n, k) == (count.out, count.mlp if kind == "around_mlp" else count.queries)
     else:
@@ -124,8 +126,9 @@ def check_sources_are_the_maps_composed(row: Row) -> None:
     for report, valid, _ in reports(row):
         where = np.where(valid, np.arange(valid.shape[1])[None], -1)
         spans = [(len(report.counts), where)]  # that are open, and to which layer
-        for site, map_ in report.maps.items():
+        for site, map_ in sorted(report.maps.items(), key=lambda item: item[0] != "input"):
             kind, first, last = split(site)
+            first = len(report.counts) if kind == "output" else first
             spans = [span for span in spans if span[0] >= first]
             where = spans[-1][1]
             step = np.take_along_axis(np.asarray(map_.source), np.maximum(where, 0), 1)

@@ -12,7 +12,8 @@ from tokred.methods import list_methods
 def case(row: Row, name: str) -> Any:
     # What learns nothing has the dense model's weights: its checkpoint is the dense one's.
     again = name == "survives_checkpointing" and not row.learned and row.method != "dense"
-    return pytest.param(row, name, id=f"{row.name}-{name}", marks=pytest.mark.slow if again else ())
+    marks = pytest.mark.slow if again or row.slow else ()
+    return pytest.param(row, name, id=f"{row.name}-{name}", marks=marks)
 
 
 CASES = [case(row, name) for row in ROWS for name in CHECKS[row.model]]

@@ -2,15 +2,17 @@
 
 A new method gets a row here and inherits all of `tests/conformance`. Of model 'vit', 'odd' has 3 x
 5 patches and a class token (16 tokens), 'even' 4 x 4 patches, a class token and two registers, and
-so has 'vit_mean', which looks at the mean of its patches. Of 'decoder' and 'experts', which has a
-mixture of them, 'odd' has 15 tokens, 'even' 16 and windows of 6. 'pairs' is an encoder-decoder with
-sources of 15 and 16 tokens, 'even' with sinks. All have 4 layers.
+so has 'vit_mean', which looks at the mean of its patches; 'vit_grid' and 'vit_square' are the same
+with 4 x 6 and 3 x 3 patches in 'odd'. Of 'decoder' and 'experts', which has a mixture of them,
+'odd' has 15 tokens, 'even' 16 and windows of 6. 'pairs' is an encoder-decoder with sources of 15
+and 16 tokens, 'even' with sinks. All have 4 layers.
 """
 
+from tests.methods_table.connectors import CONNECTORS
 from tests.methods_table.row import NO_TWIN, Extra, Options, Row
 from tests.methods_table.text import TEXT, phases
 from tests.methods_table.vision import VISION
 
-ROWS = (*VISION, *TEXT)
+ROWS = (*VISION, *CONNECTORS, *TEXT)
 
 __all__ = ["NO_TWIN", "ROWS", "Extra", "Options", "Row", "phases"]

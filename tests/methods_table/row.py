@@ -31,7 +31,8 @@ class Row:
     that learns. unused: the parameters (a regular expression) that get no gradient. exact: options
     with which the soft twin equals the packed one. decode: those for decoding, by default `easy`.
     bf16: bound on the difference of logits, in standard deviations. extra: per-token arrays that
-    the method reads. exempt: reasons by the name of the check.
+    the method reads. exempt: reasons by the name of the check. slow: tested by hand, since another
+    row tests the same code.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Row:
     bf16: float = 0.1
     extra: Extra | None = None
     exempt: Mapping[str, str] = field(default_factory=lambda: NO_TWIN)
+    slow: bool = False
 
     @property
     def name(self) -> str:
