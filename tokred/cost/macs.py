@@ -55,7 +55,21 @@ class Costed(Protocol):
         ...
 
 
-def macs(config: Costed, plan: Plan = DENSE, *, tokens: int | None = None) -> int:
+@runtime_checkable
+class Composite(Protocol):
+    """The same of a model whose parts have costs of their own."""
+
+    def parts(self, plan: Plan, tokens: int | None) -> Mapping[str, tuple[Costed, int | None, int]]:
+        """By the part's name: its config, its tokens (None for what it takes), how many times it
+        runs. What is outside its layers counts for parts without tokens alone."""
+        ...
+
+    def joint_macs(self, plan: Plan, tokens: int | None) -> int:
+        """Of all that lies between the parts and behind them."""
+        ...
+
+
+def macs(config: Costed | Composite, plan: Plan = DENSE, *, tokens: int | None = None) -> int:
     """Multiply-accumulates of one example: matrix products only, no elementwise work.
 
     tokens: of the sequence, by default as many as the model takes.
@@ -63,13 +77,23 @@ def macs(config: Costed, plan: Plan = DENSE, *, tokens: int | None = None) -> in
     Raises:
       ValueError: a plan that does not fit the model.
     """
+    if isinstance(config, Composite):
+        parts = config.parts(plan, tokens).items()
+        each = [
+            times * _macs(part, plan.of(name), n, n is None) for name, (part, n, times) in parts
+        ]
+        return sum(each) + config.joint_macs(plan, tokens)
+    return _macs(config, plan, tokens)
+
+
+def _macs(config: Costed, plan: Plan, tokens: int | None, outer: bool = True) -> int:
     layout = config.layout if tokens is None else config.layout_of(tokens)
     walk = _whole(config, plan, layout)
-    return round(_model(config, walk) + _reductions(config, plan, walk, layout))
+    return round(_model(config, walk, outer) + _reductions(config, plan, walk, layout))
 
 
 def expected_macs(
-    config: Costed, plan: Plan, report: Report, *, tokens: int | None = None
+    config: Costed | Composite, plan: Plan, report: Report, *, tokens: int | None = None
 ) -> Float[Array, ""] | float:
     """What the packed plan would cost at the rates that a soft run reports.
 
@@ -80,6 +104,19 @@ def expected_macs(
     Raises:
       ValueError: a plan that does not fit the model, or a report of another plan.
     """
+    if isinstance(config, Composite):
+        parts = config.parts(plan, tokens).items()
+        each = [
+            times * _expected(part, plan.of(name), report.of(name), n, n is None)
+            for name, (part, n, times) in parts
+        ]
+        return sum(each) + 1.0 * config.joint_macs(plan, tokens)
+    return _expected(config, plan, report, tokens)
+
+
+def _expected(
+    config: Costed, plan: Plan, report: Report, tokens: int | None, outer: bool = True
+) -> Float[Array, ""] | float:
     packed = plan.with_twin("packed")
     layout = config.layout if tokens is None else config.layout_of(tokens)
 
@@ -88,7 +125,7 @@ def expected_macs(
             return reduction.counts(n, layout.prefix)
         return reduction.expected_count(n, layout.prefix, _aux(report.aux, site, plan))
 
-    expected = _model(config, _walk(config, plan, count, layout))
+    expected = _model(config, _walk(config, plan, count, layout), outer)
     return 1.0 * (expected + _reductions(config, packed, _whole(config, packed, layout), layout))
 
 
@@ -170,10 +207,10 @@ def _differ(a: Number, b: Number) -> bool:
     return not (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
-def _model(config: Costed, walk: _Walk) -> Number:
+def _model(config: Costed, walk: _Walk, outer: bool) -> Number:
     """The model alone: layers, and what is around them."""
     layers = [config.layer_macs(a.projected, a.queries, a.keys, a.mlp) for a in walk.layers]
-    return config.outer_macs(walk.tokens) + sum(layers)
+    return (config.outer_macs(walk.tokens) if outer else 0) + sum(layers)
 
 
 def _reductions(config: Costed, plan: Plan, walk: _Walk, layout: Layout) -> int:

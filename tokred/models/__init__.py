@@ -7,17 +7,23 @@ from tokred.models.encoder_decoder import (
     EncoderDecoderConfig,
     encoder_decoder_config,
 )
+from tokred.models.generate import generate
 from tokred.models.vit import ViT, ViTConfig, vit_config
+from tokred.models.vlm import VLM, Prompted, VLMConfig
 
 __all__ = [
+    "VLM",
     "Conditioned",
     "Decoder",
     "DecoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Prompted",
+    "VLMConfig",
     "ViT",
     "ViTConfig",
     "decoder_config",
     "encoder_decoder_config",
+    "generate",
     "vit_config",
 ]

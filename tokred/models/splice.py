@@ -1,0 +1,102 @@
+"""Text with the tokens of images in the places that its placeholders hold for them."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import register_dataclass
+from jaxtyping import Array, Bool, Float, Int
+
+from tokred.maps import unfold
+from tokred.ops import gather
+from tokred.positions import v2pe_positions
+from tokred.tokens import Tokens, make_tokens
+
+
+@functools.partial(register_dataclass, data_fields=["tokens", "place"], meta_fields=[])
+@dataclass(frozen=True)
+class Spliced:
+    """tokens of text and images, M = N + I (K - 1) slots; extra['vision'] Bool[B M] and
+    extra['frame'] Int[B M], the number of a token's image, -1 for text. place Int[B N]: where each
+    id of the text is among them; of a placeholder, its image's last token."""
+
+    tokens: Tokens
+    place: Any
+
+
+def splice(
+    text: Float[Array, "B N D"],
+    holds: Bool[Array, "B N"],
+    images: Tokens,
+    *,
+    valid: Bool[Array, "B N"] | None = None,
+    step: float = 1.0,
+) -> Spliced:
+    """Every placeholder gives way to the K tokens of the next image; other tokens move apart.
+
+    text: embedded ids. holds: which of them are placeholders. images: x [B I K D], perhaps with
+    `valid`; those that no placeholder holds a place for are left out. valid: of the text, padding
+    on either side. Positions count valid tokens; step: that of an image's tokens, see
+    `v2pe_positions`. Gathers along the sequence alone, so that a sharded batch stays local.
+    Gradient: to text and images.
+    """
+    (b, n), (i, k) = holds.shape, images.x.shape[1:3]
+    there = jnp.ones((b, n), bool) if valid is None else valid
+    holds = holds & there & (jnp.cumsum(holds & there, -1) <= i)
+    end = jnp.cumsum(jnp.where(there, jnp.where(holds, k, 1), 0), -1)
+    slots = jnp.arange(n + i * (k - 1))
+    word = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(end)
+    word = jnp.minimum(word, n - 1)
+    of_word = lambda a: gather(a, word, axis=1)  # noqa: E731
+    vision, number = of_word(holds), jnp.cumsum(holds, -1) - 1
+    frame = jnp.where(vision, of_word(number), -1)
+    offset = slots[None, :] - of_word(end) + jnp.where(vision, k, 1)
+    index = jnp.where(vision, n + frame * k + offset, word)
+    seen = jnp.ones((b, i, k), bool) if images.valid is None else images.valid
+    real = slots[None, :] < end[:, -1:]
+    real &= gather(jnp.concatenate([there, seen.reshape(b, -1)], 1), index, axis=1)
+    x = gather(jnp.concatenate([text, unfold(images.x).astype(text.dtype)], 1), index, axis=1)
+    return Spliced(
+        _tokens(x, real, vision & real, jnp.where(real, frame, -1), step), _last(real, end)
+    )
+
+
+def _tokens(x: Array, real: Array, vision: Array, frame: Array, step: float) -> Tokens:
+    if step == 1.0:
+        position = (jnp.cumsum(real, -1) - 1).astype(jnp.float32)
+    else:
+        position = v2pe_positions(vision, step, valid=real, image=frame)
+    extra = {"vision": vision, "frame": frame}
+    return make_tokens(x, valid=real, position=position[..., None], extra=extra)
+
+
+def _last(real: Bool[Array, "B M"], end: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    """The last valid slot in front of each end, the first slot where there is none."""
+    slots = jnp.where(real, jnp.arange(real.shape[1]), 0)
+    last = jax.lax.cummax(slots, axis=1)
+    return gather(last, jnp.maximum(end - 1, 0), axis=1)
+
+
+def check_prompt(
+    ids: Int[Array, "B N"], image_id: int, given: Any, valid: Any, places: int
+) -> None:
+    """Raises ValueError where (concrete) prompts hold places for other images than there are.
+
+    given: Bool[B I] which images there are, None for all `places` of them.
+    """
+    if any(isinstance(a, Tracer) for a in (ids, given, valid)):
+        return
+    holds = np.asarray(ids) == image_id
+    holds = holds if valid is None else holds & np.asarray(valid)
+    held = holds.sum(-1)
+    there = np.full(len(held), places) if given is None else np.asarray(given).sum(-1)
+    for row in np.flatnonzero(held != there)[:1]:
+        what = "no image token" if held[row] == 0 else f"{held[row]} image tokens"
+        raise ValueError(
+            f"VLM: prompt {row} has {what} (id {image_id}) for {there[row]} images; put one where "
+            "each image goes, or mark absent images in image_valid."
+        )

@@ -1,0 +1,339 @@
+"""Vision-language models: a ViT, a connector, a decoder; reductions may act in all three."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from tokred.cache import KVCache
+from tokred.maps import fold
+from tokred.models.decoder import Decoder, DecoderConfig, check_ids
+from tokred.models.splice import Spliced, check_prompt, splice
+from tokred.models.vit import ViT, ViTConfig, check_images
+from tokred.nn.chain import Chain, chain_macs
+from tokred.ops import gather
+from tokred.plan import Layout, Plan
+from tokred.report import Call, Record, Report, join_reports, make_report, reduce_model
+from tokred.tokens import Tokens
+
+DENSE = Plan()
+IMAGE = 259  # behind the bytes
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Everything that shapes a vision-language model; all fields are static.
+
+    vision: its head is not used (classes=0). feature_layer: how many of its layers run, None for
+    all with the final norm (LLaVA: all but one). projector: a `Chain` from the width of the
+    connector's tokens to the decoder's, '' for none. images: places for images in an example.
+    image_id: the placeholder among the ids. image_step: of positions, see `v2pe_positions`.
+    """
+
+    vision: ViTConfig = field(default_factory=lambda: ViTConfig(classes=0))
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(vocab=260))
+    feature_layer: int | None = None
+    projector: str = "linear gelu linear"
+    images: int = 1
+    image_id: int = IMAGE
+    image_step: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_id < self.decoder.vocab:
+            raise ValueError(
+                f"VLMConfig: image_id={self.image_id} lies outside the decoder's vocabulary of "
+                f"{self.decoder.vocab}; raise decoder.vocab or change image_id."
+            )
+        if self.images < 1:
+            raise ValueError(f"VLMConfig: images={self.images} must be at least 1; raise images.")
+        depth = self.vision.depth
+        if self.feature_layer is not None and not 1 <= self.feature_layer <= depth:
+            raise ValueError(
+                f"VLMConfig: feature_layer={self.feature_layer} must lie in [1, {depth}], the "
+                "vision model's layers; change it."
+            )
+
+    @property
+    def context(self) -> int:
+        return self.decoder.context
+
+    @property
+    def layout(self) -> Layout:
+        """Of the vision model, which connectors' plans are made for."""
+        layers = self.vision.depth if self.feature_layer is None else self.feature_layer
+        return dataclasses.replace(self.vision.layout, depth=layers)
+
+    def image_tokens(self, plan: Plan = DENSE) -> int:
+        """K, the tokens of one image that reach the decoder."""
+        seen, layout = plan.of("vision"), self.layout
+        n = seen.counts(layout)[-1].out
+        for _, reduction in seen.at("output"):
+            n = reduction.slots(n, layout.prefix, seen.twin)
+        n -= layout.prefix
+        for _, reduction in plan.of("connector").at("output"):
+            n = reduction.slots(n, 0, plan.twin)
+        return n
+
+    def decoder_layout(self, tokens: int, plan: Plan = DENSE) -> Layout:
+        """Of the decoder, for prompts of so many ids under what the plan does before it."""
+        k = self.image_tokens(plan)
+        layout = self.decoder.layout_of(tokens + self.images * (k - 1))
+        return dataclasses.replace(layout, images=(self.images, k))
+
+    def parts(self, plan: Plan, tokens: int | None) -> dict[str, tuple[Any, int | None, int]]:
+        """What each part costs, see `cost.macs`; tokens: ids of a prompt."""
+        seen = dataclasses.replace(self.vision, depth=self.layout.depth, classes=0)
+        n = self.context if tokens is None else tokens
+        mixed = self.decoder_layout(n, plan).tokens
+        return {"vision": (seen, None, self.images), "decoder": (self.decoder, mixed, 1)}
+
+    def joint_macs(self, plan: Plan, tokens: int | None) -> int:
+        """Of the projector, of what follows it, of the question where a connector reads it, and of
+        the logits of the ids."""
+        n = self.context if tokens is None else tokens
+        d, width = self.decoder.width, plan.of("vision").out_width(self.vision.width)
+        k = self.image_tokens(plan.of("vision").within("vision"))
+        each = k * chain_macs(self.projector, width, d)
+        behind = dataclasses.replace(self.layout, width=d, prefix=0, heads=self.decoder.heads)
+        for _, reduction in plan.of("connector").at("output"):
+            each += reduction.macs(k, behind)
+            k = reduction.slots(k, 0, plan.twin)
+        question = self._question_macs(n) if reads(plan, "text") else 0
+        return self.images * each + question + n * d * self.decoder.vocab
+
+    def _question_macs(self, n: int) -> int:
+        return self.decoder.depth * self.decoder.layer_macs(n, n, n, n)
+
+
+def reads(plan: Plan, name: str) -> bool:
+    """Whether anything asks for what is given under this name."""
+    asks = (ask for _, reduction in plan.steps for ask in reduction.asks)
+    return any(ask.kind == "given" and ask.rows == name for ask in asks)
+
+
+class VLM(nnx.Module):
+    """(ids [B N], images [B I Y X C]) -> (logits [B N vocab], Report), under any Plan.
+
+    Reductions of the parts 'vision' (its site 'output' is in front of the projector), 'connector'
+    (one site, 'output', behind it, where tokens are [B I K D]) and 'decoder'; see `Plan.within`.
+    """
+
+    def __init__(self, config: VLMConfig, *, plan: Plan = DENSE, rngs: nnx.Rngs):
+        self.config, c = config, config
+        vision = dataclasses.replace(c.vision, classes=0)
+        self.vision = ViT(vision, plan=plan.of("vision"), rngs=rngs)
+        width = plan.of("vision").out_width(vision.width)
+        hidden = c.decoder.width
+        self.projector = Chain(c.projector, width, hidden if c.projector else width, rngs=rngs)
+        if self.projector.out != hidden:
+            raise ValueError(
+                f"VLM: projector={c.projector!r} leaves {self.projector.out} channels for a "
+                f"decoder of width {hidden}; set projector, or the connector's out_width."
+            )
+        self.decoder = Decoder(c.decoder, plan=plan.of("decoder"), rngs=rngs)
+        layout = dataclasses.replace(config.layout, width=hidden, prefix=0)
+        self.reductions = nnx.Dict(plan.of("connector").build(layout, rngs))
+
+    def __call__(
+        self,
+        ids: Int[Array, "B N"],
+        images: Float[Array, "B I Y X C"],
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Bool[Array, "B N"] | None = None,
+        image_valid: Bool[Array, "B I"] | None = None,
+        question: Bool[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N vocab"], Report]:
+        """Logits behind every id; behind a placeholder, those behind its image. Where a reduction
+        has dropped a token for good they are 0.
+
+        valid: which ids are real. image_valid: which images are; absent ones have no placeholder.
+        question: what connectors may read of the text; it must not hold answers. Static: plan.
+
+        Raises:
+          ValueError: a prompt with other placeholders than images, a connector that reads the text
+            without `question`, and what `Decoder` and `ViT` raise.
+        """
+        spliced, reports = self.read(
+            ids, images, plan=plan, call=call, valid=valid, image_valid=image_valid,
+            question=question,
+        )  # fmt: skip
+        inside = None if call is None else call.of("decoder")
+        tokens, report, _ = self.decoder.decode(
+            spliced.tokens, plan=plan.of("decoder"), call=inside
+        )
+        whole = join_reports({**reports, "decoder": report}, "decoder")
+        return self._logits(tokens, spliced.place), whole
+
+    def read(
+        self,
+        ids: Int[Array, "B N"],
+        images: Float[Array, "B I Y X C"],
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Any = None,
+        image_valid: Any = None,
+        question: Any = None,
+    ) -> tuple[Spliced, dict[str, Report]]:
+        """What the decoder reads: text and images in place."""
+        check_ids(ids, self.config.decoder, plan.of("decoder"))
+        check_prompt(ids, self.config.image_id, image_valid, valid, images.shape[1])
+        given = self._given(ids, question, plan)
+        seen, reports = self.see(images, plan=plan, call=call, given=given)
+        text = self.decoder.tokens(ids, None, jnp.zeros(ids.shape)).x
+        holds = ids == self.config.image_id
+        spliced = splice(text, holds, seen, valid=valid, step=self.config.image_step)
+        return spliced, reports
+
+    def see(
+        self,
+        images: Float[Array, "B I Y X C"],
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        given: dict[str, Any] | None = None,
+    ) -> tuple[Tokens, dict[str, Report]]:
+        """The tokens [B I K D] of every image, as wide as the decoder's, and what the plan did."""
+        b, i = images.shape[:2]
+        flat = images.reshape(b * i, *images.shape[2:])
+        check_images(flat, self.vision.config)
+        call, given = call or Call(), given or {}
+        each = {k: jax.tree.map(lambda a: jnp.repeat(a, i, axis=0), v) for k, v in given.items()}
+        inside = dataclasses.replace(call.of("vision"), given={**call.given, **each})
+        tokens, report = self.vision.encode(
+            self.vision.tokens(flat),
+            plan=plan.of("vision"),
+            call=inside,
+            layers=self.config.feature_layer,
+        )
+        tokens = _per_image(tokens, b)
+        tokens = tokens.replace(x=self.projector(tokens.x))
+        after = dataclasses.replace(call.of("connector"), given={**call.given, **given})
+        after = dataclasses.replace(after, modules={**self.reductions, **after.modules})
+        tokens, records = reduce_model(plan.of("connector"), "output", tokens, after)
+        return tokens, {"vision": report, "connector": _report(tokens, records)}
+
+    def _given(self, ids: Array, question: Any, plan: Plan) -> dict[str, Any]:
+        """What connectors ask for of the text: 'text' [B D], the question's last hidden state as
+        the decoder alone reads it, without a gradient; 'words', the Tokens of its embeddings."""
+        wanted = {name for name in ("text", "words") if reads(plan, name)}
+        if not wanted:
+            return {}
+        if question is None:
+            raise ValueError(
+                f"VLM: plan {plan.name!r} reads the text; pass question=, true at the instruction "
+                "and false at answers."
+            )
+        place = jnp.cumsum(question, -1) - 1
+        words = self.decoder.tokens(ids, question, place)
+        made: dict[str, Any] = {"words": words} if "words" in wanted else {}
+        if "text" in wanted:
+            made["text"] = self._last_state(words, question)
+        return made
+
+    def _last_state(self, words: Tokens, question: Array) -> Float[Array, "B D"]:
+        tokens, _, _ = self.decoder.decode(words)
+        slots = jnp.arange(question.shape[1])
+        last = jnp.where(question, slots, 0).max(-1, keepdims=True)
+        return jax.lax.stop_gradient(gather(tokens.x, last, axis=1)[:, 0])
+
+    def _logits(self, tokens: Tokens, place: Int[Array, "B N"]) -> Float[Array, "B N vocab"]:
+        """Of the ids alone, wherever they are now."""
+        now = place
+        if tokens.source is not None:
+            now = gather(tokens.source, place, axis=1)
+        here = tokens.replace(x=gather(tokens.x, jnp.maximum(now, 0), axis=1))
+        return jnp.where((now >= 0)[..., None], self.decoder.logits(here), 0.0)
+
+
+def _per_image(tokens: Tokens, batch: int) -> Tokens:
+    """[B I ...] of [B*I ...], without the prefix."""
+    p = tokens.prefix
+    split = lambda a: None if a is None else fold(a[:, p:], batch, axis=0)  # noqa: E731
+    return Tokens(split(tokens.x), valid=split(tokens.valid), position=split(_whole(tokens)))
+
+
+def _whole(tokens: Tokens) -> Any:
+    place = tokens.position
+    return None if place is None else jnp.broadcast_to(place, (*tokens.batch, *place.shape[-2:]))
+
+
+def _report(tokens: Tokens, records: tuple[Record, ...]) -> Report:
+    return make_report(tokens, records, (), ())
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A model with the images of its prompts: what `generate` continues. Placeholders are never
+    generated."""
+
+    model: VLM
+    images: Any
+    plan: Plan = DENSE
+    image_valid: Any = None
+    question: Any = None
+
+    @property
+    def more(self) -> int:
+        """How many tokens more than ids a prompt has."""
+        return self.images.shape[1] * (self.model.config.image_tokens(self.plan) - 1)
+
+    @property
+    def config(self) -> DecoderConfig:
+        decoder = self.model.config.decoder
+        return dataclasses.replace(decoder, context=decoder.context - self.more)
+
+    def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
+        inner = self.plan.of("decoder")
+        return self.model.decoder.make_cache(batch, length + self.more, plan=inner)
+
+    def extend(
+        self,
+        ids: Int[Array, "B N"],
+        cache: KVCache,
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
+        valid: Any = None,
+        extra: Any = None,
+        fresh: bool = False,
+    ) -> tuple[Array, KVCache, Report]:
+        """The prompt with its images where the cache is `fresh`, else text alone."""
+        decoder, twin = self.model.decoder, plan.twin
+        inner = self.plan.of("decoder").with_twin(twin)
+        extra = dict(extra or {})
+        if not fresh:
+            extra |= {"vision": jnp.zeros(ids.shape, bool), "frame": jnp.full(ids.shape, -1)}
+            logits, cache, report = decoder.extend(
+                ids, cache, plan=inner, call=call, valid=valid, extra=extra
+            )
+            return self._text(logits), cache, report
+        question = self._question(ids, valid)
+        spliced, _ = self.model.read(
+            ids, self.images, plan=self.plan, call=call, valid=valid,
+            image_valid=self.image_valid, question=question,
+        )  # fmt: skip
+        tokens = spliced.tokens
+        tokens, report, filled = decoder.decode(
+            tokens, plan=inner, call=call, cache=cache, fresh=True
+        )
+        last = spliced.tokens.position[..., 0].max(-1)
+        layers = cache.layers if filled is None else filled.layers
+        cache = KVCache(layers, (jnp.ceil(last) + 1).astype(jnp.int32))
+        whole = dataclasses.replace(report, tokens=tokens.replace(source=None))
+        return self._text(self.model._logits(tokens, spliced.place)), cache, whole
+
+    def _text(self, logits: Array) -> Array:
+        return logits.at[..., self.model.config.image_id].set(-jnp.inf)
+
+    def _question(self, ids: Array, valid: Any) -> Array:
+        if self.question is not None:
+            return self.question
+        text = ids != self.model.config.image_id
+        return text if valid is None else text & valid
