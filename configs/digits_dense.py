@@ -3,7 +3,8 @@
 python train.py --config=configs/digits_dense.py --workdir=runs/digits_dense
 """
 
-from tokred.train.config import Config, digits_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import digits_config
 
 
 def get_config(arg: str = "") -> Config:

@@ -6,7 +6,8 @@ Gumbel decisions act as a policy on attention while training, and a ratio loss h
 kept tokens near `keep` per stage; in evaluation the tokens leave. No teacher is distilled.
 """
 
-from tokred.train.config import Config, digits_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import digits_config
 
 
 def get_config(arg: str = "") -> Config:

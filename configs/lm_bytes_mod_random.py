@@ -3,7 +3,8 @@
 python train.py --config=configs/lm_bytes_mod_random.py --workdir=runs/lm_bytes_mod_random
 """
 
-from tokred.train.config import Config, bytes_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import bytes_config
 
 
 def get_config(arg: str = "") -> Config:

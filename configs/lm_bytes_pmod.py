@@ -6,7 +6,8 @@ As many tokens per layer in the mean as configs/lm_bytes_mod.py. p-MoD's own rou
 tokens alone, which bytes have none of; its schedule is what is taken from it.
 """
 
-from tokred.train.config import Config, bytes_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import bytes_config
 
 
 def get_config(arg: str = "") -> Config:

@@ -1,14 +1,15 @@
-"""MrT5 from a trained model: a gate learns to delete half of the bytes after two layers.
+"""MrT5 from a trained model: a gate learns to delete half of the bytes after one of four layers.
 
 python train.py --config=configs/mrt5_bytes.py --workdir=runs/mrt5_bytes \\
   --config.start_from=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, continued_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import continued_config
 
 
 def get_config(arg: str = "") -> Config:
     config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 2, "two_sided": True}
+    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 1, "two_sided": True}
     return finish(config, arg)

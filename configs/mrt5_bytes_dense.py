@@ -4,7 +4,8 @@ python train.py --config=configs/mrt5_bytes_dense.py --workdir=runs/mrt5_bytes_d
   --config.start_from=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, continued_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import continued_config
 
 
 def get_config(arg: str = "") -> Config:

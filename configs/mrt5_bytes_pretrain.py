@@ -3,7 +3,8 @@
 python train.py --config=configs/mrt5_bytes_pretrain.py --workdir=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, finish, span_config
+from tokred.train.config import Config, finish
+from tokred.train.recipes import span_config
 
 
 def get_config(arg: str = "") -> Config:

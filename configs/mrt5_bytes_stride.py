@@ -4,11 +4,12 @@ python train.py --config=configs/mrt5_bytes_stride.py --workdir=runs/mrt5_bytes_
   --config.start_from=runs/mrt5_bytes_pretrain
 """
 
-from tokred.train.config import Config, continued_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import continued_config
 
 
 def get_config(arg: str = "") -> Config:
     config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "gate": "stride", "layer": 2}
+    config.train.options = {"keep": 0.5, "gate": "stride", "layer": 1}
     return finish(config, arg)

@@ -16,7 +16,8 @@ Needs imagenet2012 prepared by TFDS (the error says how) and accelerators whose 
 batch. Afterwards every baseline runs at 60 % of the MACs, without fine-tuning.
 """
 
-from tokred.train.config import Config, deit_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import deit_config
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 1024
 

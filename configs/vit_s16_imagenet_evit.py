@@ -24,7 +24,8 @@ Needs imagenet2012 prepared by TFDS (the error says how) and accelerators whose 
 batch.
 """
 
-from tokred.train.config import Config, finish, imagenet_config
+from tokred.train.config import Config, finish
+from tokred.train.recipes import imagenet_config
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 30, 2048
 

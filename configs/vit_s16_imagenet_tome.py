@@ -15,7 +15,8 @@ Departures: those of vit_s16_imagenet_dense. Needs imagenet2012 prepared by TFDS
 how) and accelerators whose number divides the batch.
 """
 
-from tokred.train.config import Config, deit_config, finish
+from tokred.train.config import Config, finish
+from tokred.train.recipes import deit_config
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 1024
 

@@ -3,13 +3,16 @@
 from tokred.maps import Assign, Keep, Mix, TokenMap, compose
 from tokred.methods import get_method, list_methods, make_plan, register
 from tokred.models import (
+    VLM,
     Conditioned,
     Decoder,
     DecoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
+    Prompted,
     ViT,
     ViTConfig,
+    VLMConfig,
     decoder_config,
     encoder_decoder_config,
     vit_config,
@@ -20,6 +23,7 @@ from tokred.report import Call, Report
 from tokred.tokens import Tokens, make_tokens, move
 
 __all__ = [
+    "VLM",
     "Ask",
     "Assign",
     "Call",
@@ -32,12 +36,14 @@ __all__ = [
     "Layout",
     "Mix",
     "Plan",
+    "Prompted",
     "Reduction",
     "Report",
     "Sampling",
     "Site",
     "TokenMap",
     "Tokens",
+    "VLMConfig",
     "ViT",
     "ViTConfig",
     "compose",

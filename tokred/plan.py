@@ -268,6 +268,8 @@ class Plan:
           ValueError: a layer that the model lacks, a count that is 0 or exceeds what is left,
             tokens that leave within a span, or evidence that the model cannot give.
         """
+        if layout.part:
+            return self.of(layout.part).counts(dataclasses.replace(layout, part=""))
         self.check(layout)
         n = self._after(self.at("input"), layout.tokens, layout)
         rows, outside = [], []

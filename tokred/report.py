@@ -82,7 +82,7 @@ class Record:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "maps", "sources", "aux", "states", "evidence"],
+    data_fields=["tokens", "maps", "sources", "aux", "states", "evidence", "parts"],
     meta_fields=["counts"],
 )
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Report:
     """What a run did; what nobody reads costs nothing under jit.
 
     tokens: the last Tokens · maps, aux (rates, losses, overflow), states, evidence: by site name
-    · sources: Int[*B S] at every layer's input to attention · counts: static, per layer.
+    · sources: Int[*B S] at every layer's input to attention · counts: static, per layer · parts: of
+    a model that has several, their own reports; tokens, sources and counts are the last one's.
     """
 
     tokens: Any
@@ -100,17 +101,12 @@ class Report:
     states: Any
     evidence: Any
     counts: tuple[LayerCount, ...] = ()
+    parts: Mapping[str, "Report"] = dataclasses.field(default_factory=dict)
 
     @property
     def entered(self) -> dict[str, Array]:
         """Which tokens [*B N] entered each layer, or branch, that they may skip; by site."""
         return {site: aux["entered"] for site, aux in self.aux.items() if "entered" in aux}
-
-    def of(self, part: str) -> "Report":
-        """What happened at the sites of one part, under that part's own names."""
-        named = ("maps", "aux", "states", "evidence")
-        mine = {field: _of(part, getattr(self, field)) for field in named}
-        return dataclasses.replace(self, **mine)
 
     def restore(self, y: Array, fill: float = 0) -> Array:
         """What the last tokens have [*B K ...], such as a decoder's logits, for every original
@@ -142,7 +138,7 @@ def join_reports(parts: Mapping[str, Report], last: str) -> Report:
     }
     named = {field: join(field) for field in ("maps", "aux", "states", "evidence")}
     end = parts[last]
-    return Report(tokens=end.tokens, sources=end.sources, counts=end.counts, **named)
+    return Report(tokens=end.tokens, sources=end.sources, counts=end.counts, parts=parts, **named)
 
 
 def make_report(
@@ -164,7 +160,7 @@ def reduce_at(
     plan: Plan,
     site: Site,
     tokens: Tokens,
-    provide: Callable[[Ask], Array],
+    provide: Callable[[Ask], Any],
     call: Call,
 ) -> tuple[Tokens, tuple[Record, ...]]:
     """Every reduction of `plan` at `site`, in order; later ones see evidence moved by earlier maps.
@@ -197,7 +193,7 @@ def reduce_model(
     """Every reduction at a site of the whole model, where only 'hidden' and 'given' are there to
     ask for."""
 
-    def give(ask: Ask) -> Array:
+    def give(ask: Ask) -> Any:
         if ask.kind == "given":
             return call.look_up(ask)
         if ask.kind != "hidden":
@@ -223,7 +219,7 @@ def _key(step: int, site: Site, call: Call) -> PRNGKeyArray | None:
     return key if site.until is None else jax.random.fold_in(key, site.until)
 
 
-def _moved(name: str, value: Array, map_: TokenMap) -> Array:
+def _moved(name: str, value: Any, map_: TokenMap) -> Any:
     if name.startswith("given"):
         return value
     if name.startswith("probs"):

@@ -114,7 +114,8 @@ class Ask:
 @dataclass(frozen=True)
 class Layout:
     """What a plan may know of a model, all static: tokens includes the prefix. images: how many
-    images there are among the tokens, and of how many tokens each."""
+    images there are among the tokens, and of how many tokens each. part: of a larger model, in
+    which the plans made for this layout lie."""
 
     depth: int
     tokens: int
@@ -124,6 +125,7 @@ class Layout:
     width: int
     heads: int
     images: tuple[int, int] = (0, 0)
+    part: str = ""
 
     @classmethod
     def of_sequence(cls, depth: int, tokens: int, width: int, heads: int) -> "Layout":

@@ -33,7 +33,7 @@ def test_fields_and_shapes():
     wanted = {
         "image": ((2, 4, 6, 3), np.float32), "image_valid": ((2,), bool),
         "input": ((12,), np.int32), "target": ((12,), np.int32), "weight": ((12,), np.float32),
-        "valid": ((12,), bool), "question": ((12,), bool),
+        "input_valid": ((12,), bool), "question": ((12,), bool),
     }  # fmt: skip
     assert {key: (x.shape, x.dtype) for key, x in example.items()} == wanted
     np.testing.assert_array_equal(example["image"][0], pixels[0])
@@ -46,7 +46,7 @@ def test_rows_of_one_turn():
     np.testing.assert_array_equal(example["target"][:7], example["input"][1:8])
     assert example["target"][7] == END and (example["target"][8:] == PAD).all()
     assert (example["input"][8:] == PAD).all()
-    np.testing.assert_array_equal(np.flatnonzero(example["valid"]), np.arange(8))
+    np.testing.assert_array_equal(np.flatnonzero(example["input_valid"]), np.arange(8))
     np.testing.assert_array_equal(np.flatnonzero(example["weight"]), [4, 5, 6, 7])
     np.testing.assert_array_equal(np.flatnonzero(example["question"]), [0, 1, 3, 4])
 
@@ -63,7 +63,7 @@ def test_all_answers_count_and_the_first_prompt_is_the_question():
 
 def test_a_full_row_fits_exactly():
     example = make_example(draw(1), [("<image>a", "bc")], ConversationFormat(4))
-    assert example["valid"].all() and example["target"][-1] == END
+    assert example["input_valid"].all() and example["target"][-1] == END
     with pytest.raises(
         ValueError, match=r"^length must be at least 4 for this example, got 3: change length\.$"
     ):

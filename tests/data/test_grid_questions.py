@@ -84,14 +84,14 @@ def test_answers_and_evidence_follow_from_the_cells(fields):
         np.testing.assert_array_equal(example["evidence"].reshape(task.images, -1), evidence)
         assert KINDS[example["kind"]] == prompt.split(" ")[0]
         assert (example["input"] == PLACE).sum() == task.images
-        longest = max(longest, int(example["valid"].sum()))
+        longest = max(longest, int(example["input_valid"].sum()))
     assert longest == task.longest == len(example["input"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_longest_example_of_each_kind_fills_the_row(kind):
     task = GridQuestions("train", cells=(3, 3), kinds=(kind,))
-    assert max(example["valid"].sum() for example in draw(task, 60)) == task.longest
+    assert max(example["input_valid"].sum() for example in draw(task, 60)) == task.longest
 
 
 @pytest.mark.parametrize("empty", [0.0, 0.3])

@@ -4,11 +4,16 @@ from collections.abc import Mapping
 
 from tests.golden_adapters.boundaries import BOUNDARIES
 from tests.golden_adapters.case import Adapter
+from tests.golden_adapters.compressors import COMPRESSORS
+from tests.golden_adapters.connectors import CONNECTORS
 from tests.golden_adapters.core import CORE
 from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
 from tests.golden_adapters.gates import GATES
+from tests.golden_adapters.nested import NESTED
+from tests.golden_adapters.resamplers import RESAMPLERS
+from tests.golden_adapters.slicing import SLICING
 from tests.golden_adapters.spans import SPANS
 from tests.golden_adapters.vit import VIT
 from tests.golden_adapters.widths import WIDTHS
@@ -23,7 +28,18 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
         **WIDTHS,
         **GATES,
         **BOUNDARIES["core"],
+        **COMPRESSORS["core"],
+        **CONNECTORS["core"],
+        **NESTED["core"],
+        **RESAMPLERS["core"],
     },
-    "gen": BOUNDARIES["gen"],
+    "connectors": {
+        **COMPRESSORS["connectors"],
+        **CONNECTORS["connectors"],
+        **NESTED["connectors"],
+        **RESAMPLERS["connectors"],
+        **SLICING["connectors"],
+    },
+    "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
     "vit": VIT,
 }

@@ -14,5 +14,11 @@ from tests.methods_table.text import TEXT, phases
 from tests.methods_table.vision import VISION
 
 ROWS = (*VISION, *CONNECTORS, *TEXT)
+# What needs a text or several images beside its tokens, and where it is tested instead.
+ELSEWHERE = {
+    "quecc": "models/test_vlm.py",
+    "doccompressor": "methods/test_doccompressor.py",
+    "slime_router": "methods/test_slime_router.py",
+}
 
-__all__ = ["NO_TWIN", "ROWS", "Extra", "Options", "Row", "phases"]
+__all__ = ["ELSEWHERE", "NO_TWIN", "ROWS", "Extra", "Options", "Row", "phases"]

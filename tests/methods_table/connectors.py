@@ -1,10 +1,14 @@
 """Rows of connectors and of nested tokens, on images."""
 
+from typing import Any
+
 from tests.methods_table.row import NO_TWIN, TRAINED_PACKED, Row
 from tokred.methods import make_plan
 from tokred.methods.c_abstractor import CAbstractor
 from tokred.methods.ldp import LDP
+from tokred.methods.lookupvit import Compress
 from tokred.methods.tokenflex import TokenFlex
+from tokred.plan import Layout
 
 STRETCHED = {"padding_changes_no_choice": "its positions stretch over the whole grid"}
 NEW = {
@@ -23,7 +27,7 @@ CELLS = {
 }
 
 
-def halves(layout):
+def halves(layout: Layout) -> Any:
     """A coarser grid that another with two rows more has too."""
     return {"grid": layout.grid, "cells": (layout.grid[0] // 2, layout.grid[1] // 2)}
 
@@ -60,6 +64,7 @@ CONNECTORS = (
         twins="exact",
         exact={"keep": 0.5},
         exempt={"training_twin_learns": "it learns nothing"},
+        slow=True,
     ),
     connector(
         "mqt",
@@ -135,6 +140,7 @@ CONNECTORS = (
         easy={"side": 2, "regions": True},
         hard={"side": 3},
         one={"side": 1},
+        exempt={**NEW, **STRETCHED},
         slow=True,
     ),
     connector(
@@ -183,6 +189,7 @@ CONNECTORS = (
         learned=True,
         trains="packed",
         exempt=CELLS,
+        slow=True,
     ),
     Row(
         "tokenflex",
@@ -209,6 +216,7 @@ CONNECTORS = (
         learned=True,
         trains="packed",
         exempt=CELLS,
+        slow=True,
     ),
     Row(
         "ldp",
@@ -222,5 +230,22 @@ CONNECTORS = (
         trains="packed",
         exempt=CELLS,
         slow=True,
+    ),
+    Row(
+        "lookupvit",
+        left=7,
+        easy={"keep": 0.4},
+        hard={"side": 2, "renorm": True, "hidden": 1.0},
+        one={"keep": 0.07},
+        padding=lambda layout: Compress(layout.grid, (layout.grid[0] // 2, layout.grid[1] // 2)),
+        merges=True,
+        learned=True,
+        trains="packed",
+        exempt={
+            **TRAINED_PACKED,
+            "soft_is_packed": "it has no soft twin",
+            "nothing_removed_is_identity": "it has a second stream",
+            "edge_all_but_one": "cells form a grid",
+        },
     ),
 )

@@ -25,6 +25,12 @@ def first_two(place: Any, prompt: Any) -> Mapping[str, Any]:
     return {"vision": vision, "text": text, **phases(place, prompt)}
 
 
+def two_images(place: Any, prompt: Any) -> Mapping[str, Any]:
+    """Two images of two tokens each, one behind the other, in front of the prompt's text."""
+    vision = (place >= 0) & (place < 4)
+    return {"vision": vision, "frame": jnp.where(vision, place // 2, -1)}
+
+
 WHOLE_PROMPT = {
     "decisions_know_no_future": "a prompt decides as a whole",
     "prefill_may_come_in_pieces": "a prompt decides as a whole",
@@ -250,5 +256,23 @@ TEXT = (
         learned=True,
         twins="different",
         exact={"keep": 0.5, "corrected": True, "capacity": 1.0},
+    ),
+    Row(
+        "llavolta",
+        left=13,
+        model="decoder",
+        easy={"stride": 2, "images": (2, 2), "layer": 1},
+        hard={"keep": 0.5, "images": (2, 2), "positions": "official"},
+        but_one={"stride": 2, "images": (1, 2)},
+        nothing={"stride": 1},
+        merges=True,
+        twins="exact",
+        exact={"stride": 2, "images": (2, 2), "layer": 1},
+        extra=two_images,
+        exempt={
+            **TEXT_STAYS,
+            "training_twin_learns": "it learns nothing",
+            "skipped_tokens_have_no_entry": "merged tokens share an entry",
+        },
     ),
 )

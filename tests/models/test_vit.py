@@ -129,6 +129,7 @@ def test_size_mean_is_mean_where_nothing_merged():
 def test_norm_after_pool_swaps_the_two():
     inside, after = make(pool="mean"), make(pool="mean", norm_after_pool=True)
     x, _ = after.encode(after.tokens(IMAGES))
+    assert after.head is not None
     expected = after.head(after.norm(x.x[:, 1:].mean(1)))
     np.testing.assert_allclose(run(after), expected, rtol=1e-4, atol=1e-5)
     assert not np.allclose(run(inside), run(after))

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from tokred.methods import make_plan
-from tokred.models import VLM, DecoderConfig, Prompted, ViTConfig, VLMConfig, generate
+from tokred.models import VLM, DecoderConfig, Prompted, ViTConfig, VLMConfig
+from tokred.models.generate import generate
 from tokred.plan import Plan
 from tokred.report import Call
 from tokred.tokens import make_tokens
@@ -47,7 +48,7 @@ def run(model, plan=DENSE, ids=IDS, valid=VALID, call=None, **how):
 
 
 def vision_plan(name, **options):
-    return make_plan(name, CONFIG.layout, **options).within("vision")
+    return make_plan(name, CONFIG.layout, **options)
 
 
 def test_logits_are_those_of_the_parts_by_hand():
@@ -113,7 +114,7 @@ def test_lengths_are_drawn_for_each_example_in_training():
 
 def test_reductions_act_in_all_three_parts_at_once():
     seen = vision_plan("tome", r=[2, 2, 2])
-    inner = make_plan("mod", CONFIG.decoder_layout(7, seen), keep=0.5).within("decoder")
+    inner = make_plan("mod", CONFIG.decoder_layout(7, seen), keep=0.5)
     plan = seen + inner
     model = build(plan)
     logits, report = run(model, plan)

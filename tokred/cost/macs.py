@@ -107,7 +107,7 @@ def expected_macs(
     if isinstance(config, Composite):
         parts = config.parts(plan, tokens).items()
         each = [
-            times * _expected(part, plan.of(name), report.of(name), n, n is None)
+            times * _expected(part, plan.of(name), report.parts[name], n, n is None)
             for name, (part, n, times) in parts
         ]
         return sum(each) + 1.0 * config.joint_macs(plan, tokens)

@@ -6,7 +6,7 @@
                                 an image go, the n-th one for the n-th image
     target int32 [N]            the id that follows
     weight float32 [N]          1 where the target belongs to an answer or ends it, else 0
-    valid bool [N]              false at padding, which is at the end
+    input_valid bool [N]        false at padding, which is at the end
     question bool [N]           the text before the first answer, without placeholders: what a
                                 connector may read that is conditioned on text
 
@@ -101,7 +101,7 @@ def make_example(
         "input": np.pad(row.ids[:-1], padding),
         "target": np.pad(row.ids[1:], padding),
         "weight": np.pad(row.answer[1:], padding).astype(np.float32),
-        "valid": np.arange(form.length) < row.tokens,
+        "input_valid": np.arange(form.length) < row.tokens,
         "question": np.pad(row.question[:-1], padding),
     }
 

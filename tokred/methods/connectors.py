@@ -143,7 +143,7 @@ def quecc(
     return connector("quecc", layout, shape, levels)
 
 
-@_register("llava_mini", "LLaVA-Mini 2025", "connectors/llavamini_query")
+@_register("llava_mini", "LLaVA-Mini 2025", "connectors/llavamini_query", "connectors/sincos2d")
 def llava_mini(
     layout: Layout, *, keep: float = 0.01, side: int | None = None, heads: int = 8
 ) -> Plan:
@@ -159,7 +159,7 @@ def llava_mini(
     return connector("llava_mini", layout, shape)
 
 
-@_register("llava_uhd", "LLaVA-UHD 2024", "connectors/uhd_resampler")
+@_register("llava_uhd", "LLaVA-UHD 2024", "connectors/uhd_resampler", "connectors/uhd_slicing")
 def llava_uhd(
     layout: Layout,
     *,

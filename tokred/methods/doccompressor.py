@@ -118,6 +118,6 @@ def doccompressor(
     if crops is None:
         crops = (1, max(1, int(1 / keep) - 1))
     reduction = DocCompressor(
-        tuple(crops), layout.grid, heads or max(1, layout.width // 128), depth
+        (crops[0], crops[1]), layout.grid, heads or max(1, layout.width // 128), depth
     )
     return Plan(((Site("output", part="connector"), reduction),), name="doccompressor")

@@ -42,10 +42,20 @@ def nearly_square_cells(grid: tuple[int, int], keep: float) -> tuple[int, int]:
     return max(fits, key=lambda cell: (cell[0] * cell[1], -abs(cell[0] * w - cell[1] * h)))
 
 
+def place(method: str, site: str) -> Site:
+    """Before all layers or behind them. Raises ValueError for another site."""
+    if site not in ("input", "output"):
+        raise ValueError(f"{method}: site={site!r} must be 'input' or 'output'; change site.")
+    return Site(site)
+
+
 @register("pooling", family="baseline", site="input")
-def pooling(layout: Layout, *, keep: float = 0.5) -> Plan:
-    """The mean of each cell of a coarser grid, once before the first layer."""
-    cells = nearly_square_cells(layout.grid, keep)
+def pooling(layout: Layout, *, keep: float = 0.5, site: str = "input") -> Plan:
+    """The mean of each cell of a coarser grid, once before the first layer.
+
+    site: 'output' for behind the last one.
+    """
+    cells, where = nearly_square_cells(layout.grid, keep), place("pooling", site)
     if cells == layout.grid:
         return Plan(name="pooling")
-    return Plan(((Site("input"), Pool(layout.grid, cells)),), name="pooling")
+    return Plan(((where, Pool(layout.grid, cells)),), name="pooling")

@@ -32,7 +32,21 @@ class Random(Reduction):
 
 
 @register("random", family="baseline", site="mid", needs=("key",))
-def random(layout: Layout, *, keep: float = 0.7, layers: Sequence[int] | None = None) -> Plan:
-    """Tokens drawn at random, in the stages of top-k."""
+def random(
+    layout: Layout,
+    *,
+    keep: float = 0.7,
+    layers: Sequence[int] | None = None,
+    site: str = "mid",
+) -> Plan:
+    """Tokens drawn at random, in the stages of top-k.
+
+    site: 'output' for once behind the last layer.
+    """
+    if site == "output":
+        k = max(1, int(keep * (layout.tokens - layout.prefix) + 1e-6))
+        return Plan(((Site("output"), Random(k)),), name="random")
+    if site != "mid":
+        raise ValueError(f"random: site={site!r} must be 'mid' or 'output'; change site.")
     steps = [(Site("mid", i), Random(k)) for i, k in stage_counts(layout, keep, layers)]
     return Plan(tuple(steps), name="random")

@@ -1,5 +1,6 @@
 """The list of methods: what each is, what it needs, and how it becomes a Plan."""
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def get_method(name: str) -> Method:
 
 
 def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
-    """The Plan of a method on a model, checked.
+    """The Plan of a method on a model, checked; within the part that the layout is of.
 
     Raises:
       ValueError: unknown method or option, keep outside (0, 1], or a plan that does not fit.
@@ -95,8 +96,8 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
     if "class token" in method.needs:
         require_class_token(f"method {name!r}", layout)
     plan = method.make(layout, **options)
-    plan.of("").counts(layout)
-    return plan
+    plan.of("").counts(dataclasses.replace(layout, part=""))
+    return plan.within(layout.part)
 
 
 def golden_passed(method: Method) -> int:

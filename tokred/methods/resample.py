@@ -167,7 +167,7 @@ class Resample(Reduction):
             share = jnp.einsum("...kp,kpm->...km", share, bins)
         share = share / jnp.maximum(share.sum(-2, keepdims=True), 1e-9)
         share = share if tokens.valid is None else share * tokens.valid[..., None, p:]
-        front = jnp.eye(p, p + share.shape[-1]).reshape(*(1,) * (share.ndim - 2), p, -1)
+        front = jnp.eye(p, p + share.shape[-1])[*(None,) * (share.ndim - 2)]
         front = jnp.broadcast_to(front, (*share.shape[:-2], *front.shape[-2:]))
         behind = jnp.pad(share, (*[(0, 0)] * (share.ndim - 1), (p, 0)))
         whole = jnp.concatenate([front, behind], axis=-2)

@@ -7,9 +7,9 @@ from typing import Any
 from jaxtyping import Array
 
 from tokred.maps import Keep
-from tokred.methods.pooling import Pool, nearly_square_cells
+from tokred.methods.pooling import Pool, nearly_square_cells, place
 from tokred.methods.registry import register
-from tokred.plan import Layout, Plan, Site
+from tokred.plan import Layout, Plan
 from tokred.tokens import Tokens
 
 
@@ -24,9 +24,12 @@ class UniformGrid(Pool):
 
 
 @register("uniform", family="baseline", site="input")
-def uniform(layout: Layout, *, keep: float = 0.5) -> Plan:
-    """The centre of each cell of a coarser grid, once before the first layer."""
-    cells = nearly_square_cells(layout.grid, keep)
+def uniform(layout: Layout, *, keep: float = 0.5, site: str = "input") -> Plan:
+    """The centre of each cell of a coarser grid, once before the first layer.
+
+    site: 'output' for behind the last one.
+    """
+    cells, where = nearly_square_cells(layout.grid, keep), place("uniform", site)
     if cells == layout.grid:
         return Plan(name="uniform")
-    return Plan(((Site("input"), UniformGrid(layout.grid, cells)),), name="uniform")
+    return Plan(((where, UniformGrid(layout.grid, cells)),), name="uniform")

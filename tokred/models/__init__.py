@@ -7,7 +7,6 @@ from tokred.models.encoder_decoder import (
     EncoderDecoderConfig,
     encoder_decoder_config,
 )
-from tokred.models.generate import generate
 from tokred.models.vit import ViT, ViTConfig, vit_config
 from tokred.models.vlm import VLM, Prompted, VLMConfig
 
@@ -24,6 +23,5 @@ __all__ = [
     "ViTConfig",
     "decoder_config",
     "encoder_decoder_config",
-    "generate",
     "vit_config",
 ]

@@ -24,6 +24,11 @@ DENSE = Plan()
 IMAGE = 259  # behind the bytes
 
 
+def _part(kind: type, **changes: Any) -> Any:
+    """A field that is a config itself; 'section': what a recipe's section of it starts from."""
+    return field(default_factory=lambda: kind(**changes), metadata={"section": (kind, changes)})
+
+
 @dataclass(frozen=True)
 class VLMConfig:
     """Everything that shapes a vision-language model; all fields are static.
@@ -34,8 +39,8 @@ class VLMConfig:
     image_id: the placeholder among the ids. image_step: of positions, see `v2pe_positions`.
     """
 
-    vision: ViTConfig = field(default_factory=lambda: ViTConfig(classes=0))
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(vocab=260))
+    vision: ViTConfig = _part(ViTConfig, classes=0)  # noqa: RUF009
+    decoder: DecoderConfig = _part(DecoderConfig, vocab=IMAGE + 1)  # noqa: RUF009
     feature_layer: int | None = None
     projector: str = "linear gelu linear"
     images: int = 1
@@ -63,13 +68,13 @@ class VLMConfig:
 
     @property
     def layout(self) -> Layout:
-        """Of the vision model, which connectors' plans are made for."""
+        """Of the vision model, in which connectors lie too."""
         layers = self.vision.depth if self.feature_layer is None else self.feature_layer
-        return dataclasses.replace(self.vision.layout, depth=layers)
+        return dataclasses.replace(self.vision.layout, depth=layers, part="vision")
 
     def image_tokens(self, plan: Plan = DENSE) -> int:
         """K, the tokens of one image that reach the decoder."""
-        seen, layout = plan.of("vision"), self.layout
+        seen, layout = plan.of("vision"), dataclasses.replace(self.layout, part="")
         n = seen.counts(layout)[-1].out
         for _, reduction in seen.at("output"):
             n = reduction.slots(n, layout.prefix, seen.twin)
@@ -82,7 +87,7 @@ class VLMConfig:
         """Of the decoder, for prompts of so many ids under what the plan does before it."""
         k = self.image_tokens(plan)
         layout = self.decoder.layout_of(tokens + self.images * (k - 1))
-        return dataclasses.replace(layout, images=(self.images, k))
+        return dataclasses.replace(layout, images=(self.images, k), part="decoder")
 
     def parts(self, plan: Plan, tokens: int | None) -> dict[str, tuple[Any, int | None, int]]:
         """What each part costs, see `cost.macs`; tokens: ids of a prompt."""
@@ -135,7 +140,7 @@ class VLM(nnx.Module):
                 f"decoder of width {hidden}; set projector, or the connector's out_width."
             )
         self.decoder = Decoder(c.decoder, plan=plan.of("decoder"), rngs=rngs)
-        layout = dataclasses.replace(config.layout, width=hidden, prefix=0)
+        layout = dataclasses.replace(config.layout, width=hidden, prefix=0, part="")
         self.reductions = nnx.Dict(plan.of("connector").build(layout, rngs))
 
     def __call__(

@@ -1,7 +1,6 @@
 """Small stacks of layers by their names, for what stands before and behind attention."""
 
 import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ ACTS = {"gelu": lambda x: gelu(x, "exact"), "relu": jax.nn.relu, "silu": jax.nn.
 LAYERS = ("norm", "linear", "bare", *ACTS)
 
 
-def as_input(arrays: Sequence[Any], *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
+def as_input(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """For the promote_dtype= of layers: weights as precise as what comes in, not the other way."""
     kind = arrays[0].dtype if dtype is None else dtype
     return tuple(None if a is None else a.astype(kind) for a in arrays)

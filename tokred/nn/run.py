@@ -67,7 +67,7 @@ class Here:
         give = lambda ask: self._provide(ask, kind, tokens, seen)  # noqa: E731
         return reduce_at(self.plan, site, tokens, give, self.call)
 
-    def _provide(self, ask: Ask, kind: str, tokens: Tokens, seen: Seen | None) -> Array:
+    def _provide(self, ask: Ask, kind: str, tokens: Tokens, seen: Seen | None) -> Any:
         if ask.layer < 0:
             if ask.name not in tokens.extra:
                 raise ValueError(

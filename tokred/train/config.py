@@ -28,7 +28,16 @@ PAIRS = {
     "name": "stdlib", "batch": 16, "eval_batch": 16, "eval_rows": 256, "length": 256,
     "target_length": None, "languages": (), "packed": True,
 }  # fmt: skip
-DATA = {"images": IMAGES, "text": TEXT | {FREE: {}}, "seq2seq": PAIRS | {FREE: {}}}
+TALK = {
+    "name": "grid_questions", "batch": 64, "eval_batch": 100, "eval_rows": 1000, "length": None,
+}  # fmt: skip
+DATA = {
+    "images": IMAGES,
+    "text": TEXT | {FREE: {}},
+    "seq2seq": PAIRS | {FREE: {}},
+    "talk": TALK | {FREE: {}},
+}
+TURNS = {"vary": "", "each": (), "rule": "draw", "weights": None, "pivots": ()}
 Config = Any  # a locked ConfigDict; type checkers cannot know its fields
 BASELINES = ("tome", "evit", "topk", "uniform", "pooling", "random")
 
@@ -36,15 +45,17 @@ BASELINES = ("tome", "evit", "topk", "uniform", "pooling", "random")
 def default_config(task: str = "images") -> Config:
     """Every field of a job with its default; locked, so that recipes cannot misspell one.
 
-    task: 'images' (a ViT that classifies), 'text' (a decoder that predicts the next token) or
-    'seq2seq' (an encoder-decoder on bytes).
+    task: 'images' (a ViT that classifies), 'text' (a decoder that predicts the next token),
+    'seq2seq' (an encoder-decoder on bytes) or 'talk' (answers about images).
 
     seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
     weights to start from. mesh: see `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields
-    of the task's model. data: see `inputs`; mock: number of
-    made-up examples instead of real ones, 0 for none. train: the
-    first stage, under a method with its options (a learned method in its soft form); 0 steps for
-    none; remat: see `Call`. optimizer: see `make_optimizer`; ema, accumulate: see
+    of the task's model. data: see `inputs`; mock: number of made-up examples instead of real ones,
+    0 for none. train: the first stage, under a method with its options (a learned method in its
+    soft form); 0 steps for none; remat: see `Call`; vary: an option of the method, or several with
+    commas, that takes the values of `each` in turn; rule, weights, pivots: see `Varied`. align: a
+    stage before it in which only the parameters that `trainable` finds learn, such as a
+    connector's; 0 steps for none. optimizer: see `make_optimizer`; ema, accumulate: see
     `make_train_step`. loss: mixup to mix_switch are the fields of `Mixing`. distill: of the first
     stage, from the dense model in another workdir; see `Teacher`. rates: a second stage that trains
     the rates of a method alone, 0 steps for none. finetune: of every evaluated row. evaluate.macs:
@@ -67,7 +78,8 @@ def default_config(task: str = "images") -> Config:
                 "threads": 1,
                 "mock": 0,
             },
-            "train": {"steps": 1000, "method": "dense", "options": {}, "remat": 0},
+            "align": {"steps": 0, "lr": 1e-3, "trainable": r"^(projector|.*reductions)/"},
+            "train": {"steps": 1000, "method": "dense", "options": {}, "remat": 0, **TURNS},
             "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer},
             "loss": {"label_smoothing": 0.0, "aux_weight": 1.0, **mixing},
             "distill": {"workdir": None, "logits": 0.5, "features": 0.0, "temperature": 1.0},
@@ -102,74 +114,17 @@ def default_config(task: str = "images") -> Config:
 
 
 def _model_defaults(task: str) -> dict[str, Any]:
-    fields = dataclasses.fields(find_family(task).config)
-    return {f.name: f.default for f in fields} | {"dtype": None, "param_dtype": "float32"}
+    return _defaults(find_family(task).config)
 
 
-def bytes_config() -> Config:
-    """What the recipes on bytes share: a small decoder on the Python standard library's sources."""
-    config = default_config("text")
-    config.model.update({"vocab": 259, "width": 64, "depth": 8, "heads": 4, "context": 256})
-    config.data.update({"name": "stdlib", "length": 256, "batch": 8})
-    config.train.steps = 1000
-    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
-    config.log.every = 50
-    return config
-
-
-def span_config() -> Config:
-    """What the recipes on corrupted bytes share: a small encoder-decoder on the same sources."""
-    config = default_config("seq2seq")
-    config.model.update({"width": 96, "depth": 4, "decoder_depth": 2, "heads": 3, "head_dim": 32})
-    config.model.update({"hidden": 256, "context": 128, "target_context": 80, "sink": True})
-    config.data.options = {"mean_span": 3.0, "density": 0.3}
-    config.data.update({"length": 128, "batch": 32, "eval_batch": 32, "eval_rows": 1024})
-    config.train.steps = 1500
-    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
-    return config
-
-
-def continued_config() -> Config:
-    """What the recipes that go on from a model of `span_config` share; set start_from."""
-    config = span_config()
-    config.train.steps = 500
-    config.optimizer.update({"lr": 5e-4, "schedule": "linear", "warmup": 0.0, "end": 0.0})
-    config.log.every = 25
-    return config
-
-
-def digits_config() -> Config:
-    """What the digits recipes share: the model, and dense training of it for 3200 steps."""
-    config = default_config()
-    config.model.update({"image_size": (16, 16), "patch": (2, 2), "patch_kernel": 6})
-    config.model.update({"channels": 1, "classes": 10, "position": "learned_sincos"})
-    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_ratio": 2.0})
-    config.data.update({"name": "digits", "batch": 32, "shift": 1, "placements": 4})
-    config.train.steps = 3200
-    config.optimizer.update({"lr": 2e-3, "weight_decay": 0.2})
-    config.loss.label_smoothing = 0.1
-    return config
-
-
-def imagenet_config(batch: int) -> Config:
-    """What the ImageNet recipes share: ViT-S/16, and how DeiT-S is trained on images."""
-    config = default_config()
-    config.model.update({"width": 384, "depth": 12, "heads": 6, "drop_path": 0.1})
-    config.model.dtype = "bfloat16"
-    config.data.update({"name": "imagenet2012", "batch": batch, "eval_batch": 1024, "threads": 16})
-    config.optimizer.update({"b2": 0.999, "clip": 0.0})
-    config.loss.update({"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0})
-    return config
-
-
-def deit_config(batch: int, images: int, epochs: int) -> Config:
-    """What the ImageNet recipes from scratch share: DeiT-S's schedule and averages."""
-    config = imagenet_config(batch)
-    config.train.steps = images * epochs // batch
-    config.optimizer.update({"lr": 5e-4 * batch / 512, "end": 0.01, "warmup": 5 / epochs})
-    config.optimizer.update({"weight_decay": 0.05, "ema": 0.99996})
-    config.checkpoint.every = 5000
-    return config
+def _defaults(kind: type, **changes: Any) -> dict[str, Any]:
+    """The fields of a model's config; those that are configs themselves, as sections."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        part, more = field.metadata.get("section", (None, {}))
+        found[field.name] = field.default if part is None else _defaults(part, **more)
+    types = {"dtype": None, "param_dtype": "float32"} if "param_dtype" in found else {}
+    return found | types | changes
 
 
 def finish(config: Config, arg: str) -> Config:
@@ -187,6 +142,8 @@ def shrink(config: Config) -> Config:
     """A narrow model and a few steps: everything runs, nothing is learned."""
     small = config.copy_and_resolve_references()
     with small.unlocked():
+        if config.task == "talk":
+            return _shrink_talk(small)
         small.model.update({"width": 16, "depth": 4, "heads": 2})
         if config.task != "images":
             return _shrink_text(small)
@@ -214,6 +171,17 @@ def _shrink_text(small: Config) -> Config:
     if small.data.get("languages"):
         small.data.mock = 64
     small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16, "length": length})
+    small.train.steps = min(small.train.steps, 4)
+    small.evaluate.update({"rounds": 2, "time_batch": 8})
+    small.checkpoint.every = small.log.every = 2
+    return small
+
+
+def _shrink_talk(small: Config) -> Config:
+    small.model.vision.update({"width": 16, "depth": 2, "heads": 2})
+    small.model.decoder.update({"width": 16, "depth": 2, "heads": 2, "hidden": 32})
+    small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16})
+    small.align.steps = min(small.align.steps, 2)
     small.train.steps = min(small.train.steps, 4)
     small.evaluate.update({"rounds": 2, "time_batch": 8})
     small.checkpoint.every = small.log.every = 2
@@ -333,12 +301,18 @@ def model_config(config: Config) -> Any:
     Raises:
       ValueError: an unknown dtype, or fields that do not fit each other.
     """
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config.model.items()
-    }
+    return _build(find_family(config.task).config, config.model)
+
+
+def _build(kind: type, section: Config) -> Any:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     for name in DTYPES:
-        fields[name] = _dtype(name, fields[name])
-    return find_family(config.task).config(**fields)
+        if name in values:
+            values[name] = _dtype(name, values[name])
+    for field in dataclasses.fields(kind):
+        if "section" in field.metadata:
+            values[field.name] = _build(field.metadata["section"][0], section[field.name])
+    return kind(**values)
 
 
 def _dtype(field: str, name: str | None) -> Any:

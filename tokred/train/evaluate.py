@@ -176,7 +176,9 @@ def finetune(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan) -> Weig
 
 def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Path) -> None:
     """What the plan does with the first test examples: tokens.png, of text routing.html, of an
-    encoder-decoder deletion.html."""
+    encoder-decoder deletion.html; of answers about images nothing."""
+    if setup.config.task == "talk":
+        return
     rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
     take = lambda _, report: (report.sources, report.entered)  # noqa: E731
     forward = make_forward(setup.skeleton, setup.objective(plan), take)

@@ -6,13 +6,16 @@ from typing import Any
 
 from flax import nnx
 
+from tokred.data.grid_kinds import KINDS
 from tokred.models.decoder import Decoder, DecoderConfig
 from tokred.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from tokred.models.vit import ViT, ViTConfig
+from tokred.models.vlm import VLM, VLMConfig
 from tokred.plan import Plan, nearest
 from tokred.train.losses import ImageObjective, Objective
 from tokred.train.mixing import Mixing
 from tokred.train.seq2seq import Seq2SeqObjective
+from tokred.train.talk import TalkObjective
 from tokred.train.text import TextObjective
 
 
@@ -33,6 +36,7 @@ FAMILIES: Mapping[str, Family] = {
     "images": Family(ViTConfig, ViT, ImageObjective),
     "text": Family(DecoderConfig, Decoder, TextObjective),
     "seq2seq": Family(EncoderDecoderConfig, EncoderDecoder, Seq2SeqObjective),
+    "talk": Family(VLMConfig, VLM, TalkObjective),
 }
 
 
@@ -52,5 +56,7 @@ def objective_fields(config: Any) -> dict[str, Any]:
         return {"padded": not data.packed, "documents": bool(data.packed)}
     if config.task == "seq2seq":
         return {"padded": not data.packed}
+    if config.task == "talk":
+        return {"kinds": KINDS if data.name == "grid_questions" else ()}
     mixing = Mixing(loss.mixup, loss.cutmix, loss.mix_share, loss.mix_switch)
     return {"label_smoothing": loss.label_smoothing, "mixing": mixing}

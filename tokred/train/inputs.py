@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from tokred.data.conversations import BYTES
 from tokred.data.diagnostics import DIAGNOSTICS
 from tokred.data.digits import Canvas, DigitSource
 from tokred.data.pipeline import Batches, Source, Transform, eval_batches, train_batches
@@ -14,9 +15,11 @@ from tokred.data.seq2seq import open_seq2seq
 from tokred.data.text import open_text
 from tokred.data.tfds_images import find_image_set, open_source
 from tokred.data.tokenizers import ByteTokenizer, Tokenizer, bytes_of, load_bpe
+from tokred.data.vision_language import open_conversations
 from tokred.models.decoder import DecoderConfig
 from tokred.models.encoder_decoder import EncoderDecoderConfig
 from tokred.models.vit import ViTConfig
+from tokred.models.vlm import VLMConfig
 from tokred.train.config import FREE, Config
 from tokred.train.mesh import round_up, shard_of
 
@@ -90,6 +93,8 @@ def make_inputs(config: Config, model: Any, mesh: Mesh) -> Inputs:
         return _text(config, model, sizes)
     if config.task == "seq2seq":
         return _pairs(config, model, sizes)
+    if config.task == "talk":
+        return _talk(config, model, sizes)
     return _images(data, model, sizes)
 
 
@@ -135,6 +140,24 @@ def _pairs(config: Config, model: EncoderDecoderConfig, sizes: dict[str, int]) -
     held = Head(test.source, data.eval_rows or len(test.source))
     tokenizer = ByteTokenizer()
     return Inputs(train.source, train.transform, held, test.transform, **sizes, tokenizer=tokenizer)
+
+
+def _talk(config: Config, model: VLMConfig, sizes: dict[str, int]) -> Inputs:
+    """Images with questions and answers; see `data.open_conversations`."""
+    data, vision = config.data, model.vision
+    how = {"images": model.images, "image_size": vision.image_size, "length": data.length}
+    how |= {"data_dir": data.data_dir, "mock": data.mock, **data[FREE]}
+    train, test = (open_conversations(data.name, split, **how) for split in SPLITS)
+    row = test.transform(test.source[0], np.random.default_rng(0))
+    found = (train.vocab, train.form.placeholder, row["image"].shape[-1])
+    room = (model.decoder.vocab, model.image_id, vision.channels)
+    if found[0] > room[0] or found[1:] != room[1:]:
+        raise ValueError(
+            f"data {data.name!r} has (vocab, image_id, channels) = {found}, the model {room}; set "
+            "model.decoder.vocab, model.image_id and model.vision.channels."
+        )
+    held = Head(test.source, data.eval_rows or len(test.source))
+    return Inputs(train.source, train.transform, held, test.transform, **sizes, tokenizer=BYTES)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tokred.train.distill import match_features, match_logits
 from tokred.train.metrics import batch_sums, told
 from tokred.train.mixing import Mixing
 from tokred.train.state import Arrays, Skeleton
+from tokred.train.varied import Varied
 
 DENSE = Plan()
 NO_MIXING = Mixing()
@@ -100,7 +101,8 @@ class Objective:
 
     plan: the plan to train under. macs_weight: of the penalty on expected MACs, 0 for none.
     target, unit: of the penalty, see `macs_penalty`. aux_weight: of `Report.losses`. teacher: to
-    learn from beside the labels. remat: how many layers compute their activations again.
+    learn from beside the labels. remat: how many layers compute their activations again. varied:
+    plans that take turns in training instead of `plan`.
     """
 
     plan: Plan = DENSE
@@ -110,6 +112,7 @@ class Objective:
     aux_weight: float = 1.0
     teacher: Teacher | None = None
     remat: int = 0
+    varied: Varied | None = None
 
     fields: ClassVar[tuple[str, ...]] = ()  # of a batch, that go to the device
     checked: ClassVar[tuple[str, ...]] = ()  # of those, floats that must be finite
@@ -157,12 +160,22 @@ class Objective:
         key: PRNGKeyArray,
         controllers: Mapping[str, Any],
         frozen: Mapping[str, Arrays],
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
-        """(loss, (metrics of the batch, controllers after it)).
+        """(loss, (metrics of the batch, controllers after it)); step: for plans that take turns.
 
         Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss,
         what reductions tell of their counts.
         """
+        if self.varied is None:
+            return self._loss(model, batch, key, controllers, frozen)
+        alone = lambda plan: dataclasses.replace(self, plan=plan, varied=None)  # noqa: E731
+        run = lambda plan: alone(plan)._loss(model, batch, key, controllers, frozen)  # noqa: E731
+        return self.varied(run, key, step)
+
+    def _loss(
+        self, model: Any, batch: Batch, key: PRNGKeyArray, controllers: Any, frozen: Any
+    ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
         inputs, targets = self.prepare(model, batch, jax.random.fold_in(key, MIX))
         call = Call(states=controllers, key=key, train=True, remat=self.remat)
         logits, report = self.run(model, inputs, call)

@@ -27,6 +27,7 @@ from tokred.train.state import (
     born_sharded,
     split_model,
 )
+from tokred.train.varied import Varied, vary_options
 
 WEIGHTS = "^(?!reductions/)"
 REDUCTIONS = "^reductions/"
@@ -57,7 +58,8 @@ class Setup:
     @property
     def tokens(self) -> int | None:
         """How many tokens an example has, where the model's config does not say."""
-        return self.config.data.get("length")
+        length = self.config.data.get("length")
+        return self.model.context if length is None and self.config.task == "talk" else length
 
     def objective(self, plan: Plan) -> Objective:
         """What the task minimises and measures, under a plan and without a teacher."""
@@ -162,10 +164,17 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
     accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
     learned = get_method(train.method).learned
     everything = "" if learned else WEIGHTS
-    objective = make_objective(plan, **shared, teacher=teacher, remat=train.remat)
+    how = {**shared, "teacher": teacher, "remat": train.remat, "varied": _varied(train, layout)}
+    objective = make_objective(plan, **how)
     stages = []
+    if config.align.steps:
+        first = {**optimizer, "lr": config.align.lr}
+        trainable = config.align.trainable
+        stages = [Stage("align", objective, config.align.steps, trainable, first, accumulate, ema)]
     if train.steps:
-        stages = [Stage("train", objective, train.steps, everything, optimizer, accumulate, ema)]
+        stages.append(
+            Stage("train", objective, train.steps, everything, optimizer, accumulate, ema)
+        )
     if rates.steps:
         if learned:
             raise ValueError(
@@ -187,6 +196,16 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
     if not stages:
         raise ValueError("config.train.steps and config.rates.steps are both 0; raise one of them.")
     return tuple(stages)
+
+
+def _varied(train: Config, layout: Layout) -> Varied | None:
+    """The plans that take turns, None where train.vary names no option."""
+    if not train.vary:
+        return None
+    options = [{**train.options, **more} for more in vary_options(train.vary, train.each)]
+    plans = tuple(training_plan(train.method, layout, each).with_twin("packed") for each in options)
+    weights = None if train.weights is None else tuple(train.weights)
+    return Varied(plans, train.rule, weights, tuple(train.pivots))
 
 
 def training_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:

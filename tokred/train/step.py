@@ -51,7 +51,7 @@ def make_train_step(
         def gradients_of(batch: Batch, key: PRNGKeyArray, controllers: Any) -> Gradients:
             def loss_of(learned: Arrays) -> tuple[Array, tuple[Metrics, Any]]:
                 model = skeleton.merge({**state["params"], **learned}, state["rest"])
-                return objective(model, batch, key, controllers, frozen)
+                return objective(model, batch, key, controllers, frozen, state["step"])
 
             return jax.grad(loss_of, has_aux=True)(learned)
 

@@ -7,7 +7,7 @@
 Pictures need matplotlib (pip install "tokred[train]"), which is imported when the first is drawn.
 """
 
-from tokred.viz.curves import plot_curves
+from tokred.viz.curves import plot_curves, plot_lengths
 from tokred.viz.deletion import deletion_html, deletion_rates, deletion_text, write_deletion
 from tokred.viz.kept import paint_tokens, plot_tokens
 from tokred.viz.pareto import plot_pareto
@@ -21,6 +21,7 @@ __all__ = [
     "format_table",
     "paint_tokens",
     "plot_curves",
+    "plot_lengths",
     "plot_pareto",
     "plot_routing",
     "plot_tokens",

@@ -40,3 +40,42 @@ def plot_curves(rows: Sequence[Row], path: str | PathLike) -> None:
     panel.tick_params(labelsize=SMALL)
     panel.legend(fontsize=SMALL, frameon=False)
     save(figure, path)
+
+
+def plot_lengths(rows: Sequence[Row], path: str | PathLike) -> None:
+    """Share of right answers over the number of visual tokens, one line per model, written to
+    `path`; models of a single number are joined into one line, 'a model for each'.
+
+    rows: with 'model', 'tokens', 'seed' and 'exact' in [0, 1].
+
+    Raises:
+      ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("rows are empty: train a model first.")
+    counts = {
+        row["model"]: {r["tokens"] for r in rows if r["model"] == row["model"]} for row in rows
+    }
+    single = len(max(counts.values(), key=len)) > 1
+    alone = lambda model: single and len(counts[model]) == 1  # noqa: E731
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        name = "a model for each" if alone(row["model"]) else row["model"]
+        lines.setdefault(name, []).append(row)
+    figure = new_figure(7, 4.6)
+    panel = figure.subplots()
+    for number, (name, group) in enumerate(lines.items()):
+        tokens = sorted({row["tokens"] for row in group})
+        exact = [[100 * r["exact"] for r in group if r["tokens"] == n] for n in tokens]
+        colour, style = PALETTE[number % len(PALETTE)], LINES[number % len(LINES)]
+        mean = [float(np.mean(shares)) for shares in exact]
+        panel.plot(tokens, mean, color=colour, linestyle=style, marker="o", label=name)
+        low, high = [min(s) for s in exact], [max(s) for s in exact]
+        panel.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("visual tokens", fontsize=LABEL)
+    panel.set_ylabel("right answers %", fontsize=LABEL)
+    panel.set_title("Right answers by visual tokens, higher is better", fontsize=TITLE)
+    panel.tick_params(labelsize=SMALL)
+    panel.legend(fontsize=SMALL, frameon=False)
+    save(figure, path)

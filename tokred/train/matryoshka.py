@@ -1,0 +1,110 @@
+"""One model for every number of visual tokens, against a model for each:
+
+python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
+
+Trains on questions about grids of digits: Matryoshka queries whose length is drawn for every step,
+queries of one fixed length for each of --lengths, and average pooling, uniform and random tokens
+whose number is drawn likewise; answers with every length. Writes DIR/results.json and
+DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds. A run that
+is finished is only evaluated again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokred import cost, viz
+from tokred.methods import make_plan
+from tokred.plan import Plan
+from tokred.train.cli import Arguments, run
+from tokred.train.config import Config, load_config
+from tokred.train.evaluate import make_evaluator
+from tokred.train.inputs import make_inputs
+from tokred.train.job import train
+from tokred.train.seeds import read_seeds
+from tokred.train.setup import Setup, make_setup
+
+Row = dict[str, Any]
+RECIPE = "configs/grid_mqt.py"
+LENGTHS = "1,2,4,8,16,32,64"
+BASELINES = ("pooling", "uniform", "random")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains every model under every seed and asks it with every length."""
+    parser = Arguments(description=__doc__)
+    parser.add_argument("--config", default=RECIPE, help="the recipe of the Matryoshka model")
+    parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")
+    parser.add_argument("--lengths", default=LENGTHS, help="tokens, separated by commas")
+    parser.add_argument(
+        "--baselines", default=",".join(BASELINES), help="of " + ",".join(BASELINES)
+    )
+    args, overrides = parser.read(argv)
+    lengths = read_seeds(args.lengths)
+    rows: list[Row] = []
+    for seed in read_seeds(args.seeds):
+        names = [name for name in args.baselines.split(",") if name]
+        for name, config, asked in models(args.config, overrides, lengths, names):
+            config.seed = seed
+            rows += answer(name, config, args.workdir / name / f"seed_{seed}", asked)
+            write(rows, args.workdir)
+    print(viz.format_table(rows, COLUMNS))
+
+
+COLUMNS = ("tokens", "exact", "macs_ratio", *(f"exact_{kind}" for kind in ("which", "row", "read")))
+
+
+def models(
+    recipe: str, overrides: Sequence[str], lengths: Sequence[int], baselines: Sequence[str]
+) -> Iterator[tuple[str, Config, list[dict[str, Any]]]]:
+    """(name, config, options of the plans to answer with) of every model."""
+
+    def config_of(**changes: Any) -> Config:
+        config = load_config(recipe, overrides)
+        config.train.update(changes)
+        return config
+
+    config = config_of()
+    each, whole = dict(config.train.options), make_setup(config).layout.tokens
+    nested = [{**each, "length": m} for m in lengths]
+    yield "mqt", config_of(each=tuple(lengths)), nested
+    for options in nested:
+        fixed = config_of(vary="", each=(), options=options)
+        yield f"mqt only {options['length']}", fixed, [options]
+    for name in baselines:
+        shares = [{"keep": m / whole, "site": "output"} for m in lengths]
+        keeps = tuple(share["keep"] for share in shares)
+        how = {"method": name, "options": {"site": "output"}, "vary": "keep", "each": keeps}
+        yield name, config_of(**how), shares
+
+
+def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, Any]]) -> list[Row]:
+    """Trains, or goes on, and evaluates with each of the options."""
+    setup = make_setup(config)
+    inputs = make_inputs(config, setup.model, setup.mesh)
+    weights = train(setup, inputs, workdir)
+    rows = []
+    for options in asked:
+        plan = make_plan(config.train.method, setup.layout, **options)
+        tokens = setup.model.image_tokens(plan)
+        row = {"method": f"{name}: {tokens}", "model": name, "tokens": tokens, "seed": config.seed}
+        row |= make_evaluator(setup, inputs, plan)(weights)
+        rows.append({**row, "macs_ratio": _ratio(setup, plan)})
+    return rows
+
+
+def _ratio(setup: Setup, plan: Plan) -> float:
+    count = lambda plan: cost.macs(setup.model, plan, tokens=setup.tokens)  # noqa: E731
+    return count(plan) / count(Plan())
+
+
+def write(rows: Sequence[Mapping[str, Any]], workdir: Path) -> None:
+    """What there is so far."""
+    (workdir / "results.json").write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n")
+    viz.plot_lengths(rows, workdir / "lengths.png")
+
+
+if __name__ == "__main__":
+    run(main)

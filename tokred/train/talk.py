@@ -1,0 +1,100 @@
+"""What is minimised and measured of a vision-language model: the answers to questions on images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokred.plan import Layout
+from tokred.report import Call, Report
+from tokred.train.losses import Batch, Parts
+from tokred.train.metrics import relevance_recall, told
+from tokred.train.text import TokenObjective, count_targets
+
+
+class Talk(NamedTuple):
+    """What a vision-language model reads of a batch."""
+
+    ids: Int[Array, "B N"]
+    images: Float[Array, "B I Y X C"]
+    valid: Bool[Array, "B N"]
+    image_valid: Bool[Array, "B I"]
+    question: Bool[Array, "B N"]
+
+
+@dataclass(frozen=True)
+class TalkObjective(TokenObjective):
+    """Answers, see `data.conversations`. kinds: names of what a batch's 'kind' numbers, if it has
+    one."""
+
+    kinds: tuple[str, ...] = ()
+
+    fields: ClassVar[tuple[str, ...]] = (
+        "input", "image", "target", "weight", "input_valid", "image_valid", "question",
+    )  # fmt: skip
+    checked: ClassVar[tuple[str, ...]] = ("image",)
+
+    def inputs(self, batch: Batch) -> Talk:
+        names = ("input", "image", "input_valid", "image_valid", "question")
+        return Talk(*(batch[name] for name in names))
+
+    def run(self, model: Any, inputs: Talk, call: Call) -> tuple[Array, Report]:
+        return model(
+            inputs.ids,
+            inputs.images,
+            plan=self.plan,
+            call=call,
+            valid=inputs.valid,
+            image_valid=inputs.image_valid,
+            question=inputs.question,
+        )
+
+    def finite(self, batch: Batch) -> Bool[Array, ""]:
+        return jnp.isfinite(batch["image"]).all()
+
+    def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
+        """What `count_targets` gives, and over examples: 'examples', those whose whole answer is
+        'exact', both for every kind of question, and 'recall' where evidence is known."""
+        sums, right, rows = count_targets(logits, batch)
+        whole = (right | (batch["weight"] == 0)).all(-1) & rows
+        sums |= {"examples": rows.sum() * 1.0, "exact": whole.sum() * 1.0}
+        for number, name in enumerate(self.kinds if "kind" in batch else ()):
+            mine = (batch["kind"] == number) & rows
+            sums |= {f"asked_{name}": mine.sum() * 1.0, f"exact_{name}": (mine & whole).sum() * 1.0}
+        if "evidence" in batch:
+            sums["recall"] = (_recall(report, batch["evidence"], layout) * rows).sum()
+        return sums | {name: sums["count"] * value for name, value in told(report).items()}
+
+    def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
+        """accuracy: of tokens of answers · exact: of whole answers, also by kind · loss: nats per
+        token · recall: of the evidence, what reaches the decoder."""
+        per_example = lambda name: share[name] / share["examples"] if name in share else None  # noqa: E731
+        kinds = {
+            f"exact_{name}": share[f"exact_{name}"] / max(share[f"asked_{name}"], 1e-9)
+            for name in self.kinds
+            if share.get(f"asked_{name}")
+        }
+        return {
+            "accuracy": share["correct"],
+            "loss": share["loss"],
+            "exact": per_example("exact"),
+            "recall": per_example("recall"),
+            **kinds,
+        }
+
+
+def _recall(
+    report: Report, evidence: Bool[Array, "B I rows cols"], layout: Layout
+) -> Float[Array, " B"]:
+    """How much of the patches with evidence the vision model lets out, see `relevance_recall`."""
+    tokens = report.parts["vision"].tokens
+    h, w = layout.grid
+    rows, cols = evidence.shape[-2:]
+    patches = evidence.repeat(h // rows, axis=-2).repeat(w // cols, axis=-1)
+    patches = patches.reshape(-1, h * w)
+    source = tokens.sources()[:, layout.prefix :]
+    found = relevance_recall([source], patches).reshape(evidence.shape[:2])
+    shown = evidence.any((-2, -1))
+    return (found * shown).sum(-1) / jnp.maximum(shown.sum(-1), 1)
