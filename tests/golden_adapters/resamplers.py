@@ -229,7 +229,7 @@ _KINDS = {1: "image", 2: "video", 4: "video_long"}
 
 
 def oryx_compressor(case: Case) -> dict[str, Any]:
-    x, (h, w) = case.inputs["x"], (int(n) for n in case.inputs["hw"])
+    x, (h, w) = jnp.asarray(case.inputs["x"]), (int(n) for n in case.inputs["hw"])
     names = {"vlm_query_projector": "blocks.0.query", "vlm_key_projector": "blocks.0.key"}
     make = partial(make_plan, "oryx", layout_of((h, w), x.shape[-1]))
     return {k: run(make(data=k), x, names, case, (h, w)).y for k in _KINDS.values()}
@@ -251,7 +251,7 @@ def seed_causal_mask(case: Case) -> dict[str, Any]:
 
 
 def doccompressor(case: Case) -> dict[str, Any]:
-    s, x = case.settings, case.inputs["x"][:, :-1]
+    s, x = case.settings, jnp.asarray(case.inputs["x"])[:, :-1]
     d, columns = x.shape[-1], s["col_tokens"]
     where = np.asarray(case.inputs["patch_positions"])
     starts = np.flatnonzero((where == 0).all(-1)) - 1
