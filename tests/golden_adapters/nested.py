@@ -118,7 +118,8 @@ class TiTok:
     def linear(self, name: str, x: Array) -> Array:
         """Also a convolution whose kernel is its stride, of flat patches."""
         weight = self.params[f"{name}.weight"]
-        return x @ weight.reshape(len(weight), -1).T + self.params[f"{name}.bias"]
+        bias = self.params[f"{name}.bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+        return x @ weight.reshape(len(weight), -1).T + bias
 
     def placed(self, side: str, body: Array, latents: Array) -> Array:
         """The class token and the body, then latents; each with its positions."""
