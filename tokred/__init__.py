@@ -16,6 +16,7 @@ from tokred.models import (
     decoder_config,
     encoder_decoder_config,
     vit_config,
+    vlm_config,
 )
 from tokred.models.generate import Sampling, generate
 from tokred.plan import Ask, Layout, Plan, Reduction, Site
@@ -57,4 +58,5 @@ __all__ = [
     "move",
     "register",
     "vit_config",
+    "vlm_config",
 ]

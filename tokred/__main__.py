@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from tokred.cost.bench import Row, bench, device_name
 from tokred.cost.bench_decoder import Passes, bench_decoder
 from tokred.cost.bench_pairs import bench_pairs
+from tokred.cost.bench_talk import bench_talk
 from tokred.methods import Method, golden_passed, list_methods
-from tokred.models import decoder_config, encoder_decoder_config, vit_config
+from tokred.models import decoder_config, encoder_decoder_config, vit_config, vlm_config
 
 DTYPES = ("float32", "bfloat16")
 # Heading, field, format; times in milliseconds per batch.
@@ -41,7 +42,7 @@ MEGA = ("macs", "temp_bytes", "cache_bytes", "used_bytes")
 IMAGE_ONLY = {"image_size": 224}
 TEXT_ONLY = {
     "tokens": 1024, "train": False, "remat": False, "decode": False, "steps": 32, "share": None,
-    "best_dense": False,
+    "best_dense": False, "lengths": None,
 }  # fmt: skip
 METHOD_FIELDS = (
     "method", "family", "site", "training", "needs", "count", "twins", "golden", "paper", "summary"
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("bench", help="time methods against the dense model")
     run.set_defaults(run=_bench)
-    sizes = "vit_{ti,s,b,l,h} and the patch size, a decoder such as lm_100m, or byt5_small"
+    sizes = "vit_{ti,s,b,l,h} and the patch size, a decoder such as lm_100m, byt5_small, vlm_120m"
     run.add_argument("--model", default="vit_s16", help=sizes)
     run.add_argument("--methods", metavar="NAME,NAME,...")
     run.add_argument("--batch", type=_positive, default=8)
@@ -101,6 +102,8 @@ def _add_text_arguments(text: argparse._ArgumentGroup) -> None:
     text.add_argument("--steps", type=_positive, help="tokens decoded per call, default 32")
     share = "of layers that decoded tokens enter by chance, default: --keep or 0.125"
     text.add_argument("--share", type=float, help=share)
+    lengths = "visual tokens of vlm models, default 1,16,64"
+    text.add_argument("--lengths", metavar="M,M,...", help=lengths)
     best = "ratios to the faster of dense with fused and with plain attention"
     text.add_argument("--best-dense", **flag, help=best)
 
@@ -121,8 +124,10 @@ def _bench(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} is for {kind}, not for {args.model!r}; leave it out.")
     for name, default in own.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    pairs = args.model.startswith("byt5_")
-    rows, about = (_bench_pairs if pairs else _bench_decoder if text else _bench_images)(args)
+    kinds = {"vit_": _bench_images, "byt5_": _bench_pairs, "vlm_": _bench_talk}
+    rows, about = next((f for k, f in kinds.items() if args.model.startswith(k)), _bench_decoder)(
+        args
+    )
     given = ("model", "batch", "rounds", "keep", "dtype", *own)
     meta = {name: getattr(args, name) for name in given} | {"macs_target": args.macs}
     meta |= {"device": device_name(), "jax": jax.__version__, **about}
@@ -138,6 +143,14 @@ def _told(field: str, rows: Sequence[Row]) -> bool:
     return any(row.get(field) is not None for row in rows)
 
 
+def _refuse(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that this model does not take."""
+    for name in names:
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is not for {args.model!r}; leave it out.")
+
+
 def _bench_images(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     config = vit_config(args.model, image_size=args.image_size, dtype=jnp.dtype(args.dtype))
     names = _names(args.methods or "dense,tome,evit,topk")
@@ -148,6 +161,7 @@ def _bench_images(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _bench_decoder(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    _refuse(args, "lengths")
     if args.share is None:
         args.share = 0.125 if args.keep is None else args.keep
     rows = bench_decoder(
@@ -169,10 +183,7 @@ def _bench_decoder(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]
 
 
 def _bench_pairs(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    for name in ("share", "remat", "best_dense"):
-        if getattr(args, name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for decoders, not for {args.model!r}; leave it out.")
+    _refuse(args, "share", "remat", "best_dense", "lengths")
     rows = bench_pairs(
         encoder_decoder_config(args.model, dtype=jnp.dtype(args.dtype)),
         _names(args.methods or "dense,mrt5"),
@@ -184,6 +195,20 @@ def _bench_pairs(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
         passes=Passes(args.train, args.decode, args.steps),
     )
     return rows, {"path": "packed twin; training under the twin that learns", "ratios": "to dense"}
+
+
+def _bench_talk(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    _refuse(args, "share", "remat", "best_dense", "train", "decode", "keep", "macs")
+    dtype = {"dtype": jnp.dtype(args.dtype)}
+    rows = bench_talk(
+        vlm_config(args.model, vision=dtype, decoder=dtype),
+        _names(args.methods or "dense,mqt"),
+        lengths=[_positive(m) for m in _names(args.lengths or "1,16,64")],
+        tokens=args.tokens,
+        batch=args.batch,
+        rounds=args.rounds,
+    )
+    return rows, {"path": "packed twin, prefill", "ratios": "to all visual tokens"}
 
 
 def _names(text: str) -> list[str]:

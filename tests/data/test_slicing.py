@@ -233,11 +233,11 @@ def test_a_language_model_reads_images_of_several_sizes():
     def run(state, image):
         given = batch["image_valid"]
         model = nnx.merge(graph, state)
-        return model(batch["input"], image, valid=batch["valid"], image_valid=given)[0]
+        return model(batch["input"], image, valid=batch["input_valid"], image_valid=given)[0]
 
     logits = run(state, batch["image"])
     other = run(state, batch["image"].at[0, 4].set(9.0))
-    valid = batch["valid"]
+    valid = batch["input_valid"]
     np.testing.assert_allclose(logits[valid], other[valid], atol=1e-5)
     assert jnp.abs(logits - run(state, batch["image"].at[0, 3].set(9.0))).max() > 1e-4
 

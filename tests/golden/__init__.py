@@ -57,6 +57,13 @@ class CaseFile:
                 found.append((f"{family}/{group}", FAMILIES[family][group]))
         return found
 
+    @property
+    def group(self) -> str:
+        """That of its first adapter, without running it; '' without one."""
+        for group, adapter in self.adapters[:1]:
+            return adapter.group(Case.load(self.path)) or group
+        return ""
+
 
 def find_cases(folder: Path) -> Iterator[CaseFile]:
     """The cases of `folder`: its subfolders are families, or it is one, or it may be any."""

@@ -107,6 +107,7 @@ TEXT = (
             "frame": jnp.where((place >= 0) & (place < 4), place // 2, -1)
         },
         exempt=TEXT_ENTERS,
+        slow=True,
     ),
     Row(
         "duo_llm",
@@ -136,6 +137,7 @@ TEXT = (
         decode={"mode": "skip_block", "interval": 1, "phase": "decode"},
         extra=phases,
         exempt={"training_twin_learns": "it learns nothing"},
+        slow=True,
     ),
     Row(
         "router_tuning",

@@ -45,6 +45,7 @@ VISION = (
         hard={"keep": 0.3},
         padding=lambda layout: UniformGrid(layout.grid, (layout.grid[0] // 2, layout.grid[1] // 2)),
         exempt={**NO_TWIN, "edge_all_but_one": "cells form a grid"},
+        slow=True,
     ),
     Row(
         "evit",
@@ -76,6 +77,7 @@ VISION = (
         random=True,
         merges=True,
         exempt={**NO_TWIN, **CHANCE},
+        slow=True,
     ),
     Row(
         "tome_kth",
@@ -86,6 +88,7 @@ VISION = (
         padding=lambda layout: ToMeKth(0, True, 2),
         merges=False,  # 15 patches are 7 pairs: the one that is over vanishes, as officially
         exempt={**NO_TWIN, "edge_all_but_one": "it leaves one of each `every`"},
+        slow=True,
     ),
     Row(
         "dynamicvit",

@@ -259,7 +259,7 @@ def test_two_reductions_at_one_site_share_moved_evidence():
     [
         ((Site("before", 0), Look((Ask("keys", layer=-1),))), "did not store it"),
         ((Site("after", 2), Look((Ask("keys", layer=1),))), "the model has 3 layers"),
-        ((Site("input"), Look((Ask("keys"),))), "can give 'hidden' only"),
+        ((Site("input"), Look((Ask("keys"),))), "gives 'hidden' or 'given'"),
         ((Site("mid", 0), Look((Ask("rows", rows="text"),))), "name of a mask"),
         ((Site("mid", 0), Look((Ask("column_mean", heads="all"),))), "heads='mean'"),
     ],

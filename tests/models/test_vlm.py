@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokred.cost import expected_macs, macs
 from tokred.methods import make_plan
-from tokred.models import VLM, DecoderConfig, Prompted, ViTConfig, VLMConfig
+from tokred.models import VLM, DecoderConfig, Prompted, ViTConfig, VLMConfig, vlm_config
 from tokred.models.generate import generate
 from tokred.plan import Plan
 from tokred.report import Call
@@ -108,6 +109,8 @@ def test_lengths_are_drawn_for_each_example_in_training():
     assert counts[0] == 17
     _, again = run(model, plan, call=Call(key=jax.random.key(1), train=True))
     np.testing.assert_array_equal(counts[1], again.tokens.valid.sum(-1))
+    assert report.aux["vision/output"]["length"].shape == (4,)
+    assert expected_macs(CONFIG, plan, report, tokens=7) == macs(CONFIG, plan, tokens=7)
     drawn = np.asarray(counts[1]) - np.asarray(VALID.sum(-1)) + 2
     assert (drawn >= 2).all() and (drawn <= 32).all()
 
@@ -157,6 +160,27 @@ def test_absent_images_leave_no_trace():
     images = pictures().at[1, 1].add(1.0)
     second, _ = nnx.merge(graph, state)(ids, images, valid=VALID, image_valid=given)
     np.testing.assert_allclose(first[1], second[1], atol=2e-5)
+
+
+def test_patches_that_only_fill_up_leave_no_trace():
+    """As of images of several sizes in one batch."""
+    plan = vision_plan("perceiver", count=3, depth=1)
+    model, real = build(plan), jnp.arange(16) < 12
+    real = jnp.broadcast_to(real, (2, 2, 16))
+    first, _ = run(model, plan, patch_valid=real)
+    graph, state = nnx.split(model)
+    images = pictures().at[:, :, 12:].add(5.0)
+    second, _ = nnx.merge(graph, state)(IDS, images, plan=plan, valid=VALID, patch_valid=real)
+    np.testing.assert_allclose(first[VALID], second[VALID], atol=2e-5)
+
+
+def test_sizes_have_names():
+    assert vlm_config("vlm_1m", images=2).images == 2
+    assert vlm_config("llava15_7b").image_tokens() == 576
+    with pytest.raises(ValueError, match="did you mean 'vlm_30m'"):
+        vlm_config("vlm_3m")
+    with pytest.raises(ValueError, match="has no field 'image'"):
+        vlm_config("vlm_1m", image=2)
 
 
 def test_bad_input_is_named():

@@ -9,7 +9,7 @@ import pytest
 
 from tokred.models.decoder import DecoderConfig
 from tokred.models.vit import ViTConfig
-from tokred.train import pods
+from tokred.train import pod_tasks, pods
 from tokred.train.collectives import (
     count_activation_gathers,
     count_collectives,
@@ -18,23 +18,25 @@ from tokred.train.collectives import (
 from tokred.train.state import Weights
 
 KEPT = Path(__file__).parents[2] / "docs" / "pods.json"
-FEW = pods.Pod("v5e:2x4", 16)
+FEW = pod_tasks.Pod("v5e:2x4", 16)
 SPLIT = {"few": {"data": 2, "fsdp": 2, "tensor": 2}}
-IMAGES = pods.Task(
+IMAGES = pod_tasks.Task(
     "vit",
     "train",
     ViTConfig(
         image_size=(128, 128), patch=(16, 16), width=256, depth=4, heads=4, dtype=jnp.bfloat16
     ),
     batch=512,
-    plans=pods.VIT.plans,
+    plans=pod_tasks.VIT.plans,
     meshes={"few": {"data": 4, "fsdp": 2}},
 )
 WORDS = DecoderConfig(
     vocab=512, width=256, depth=2, heads=4, kv_heads=2, context=128, dtype=jnp.bfloat16
 )
-TEXT = pods.Task("lm", "train", WORDS, 32, pods.LM.plans, SPLIT, remat=(2,))
-TOKEN = pods.Task("lm", "decode", WORDS, 32, pods.DECODING.plans, {"few": {"data": 4, "tensor": 2}})
+TEXT = pod_tasks.Task("lm", "train", WORDS, 32, pod_tasks.LM.plans, SPLIT, remat=(2,))
+TOKEN = pod_tasks.Task(
+    "lm", "decode", WORDS, 32, pod_tasks.DECODING.plans, {"few": {"data": 4, "tensor": 2}}
+)
 HLO = """
 %all-reduce-scatter.1 (a: bf16[8,6]) -> bf16[4,6] {
   ROOT %all-reduce.1 = bf16[8,6]{1,0:T(8,128)(2,1)} all-reduce(%a), channel_id=1, to_apply=%add
@@ -64,27 +66,27 @@ def test_every_task_is_kept_and_fits(rows: list[pods.Row]):
     assert kept == sorted(wanted)
     for row in rows:
         assert row["fits"] and row["chips"] == (16 if row["pod"] == "v5e-16" else 256)
-        task = next(t for t in pods.TASKS if (t.model, t.step) == (row["model"], row["step"]))
+        task = next(t for t in pod_tasks.TASKS if (t.model, t.step) == (row["model"], row["step"]))
         assert (row["batch"], row["remat"]) == (task.batch, task.remat[0])
         assert row["mesh"] == task.meshes[row["pod"]]
 
 
-def of(rows: list[pods.Row], pod: str, task: pods.Task) -> dict[str, pods.Row]:
+def of(rows: list[pods.Row], pod: str, task: pod_tasks.Task) -> dict[str, pods.Row]:
     where = (pod, task.model, task.step)
     return {row["plan"]: row for row in rows if (row["pod"], row["model"], row["step"]) == where}
 
 
-@pytest.mark.parametrize("pod", pods.VIT.meshes)
+@pytest.mark.parametrize("pod", pod_tasks.VIT.meshes)
 def test_on_a_pod_reductions_talk_as_the_dense_model_does(rows: list[pods.Row], pod: str):
-    talk = of(rows, pod, pods.VIT)
+    talk = of(rows, pod, pod_tasks.VIT)
     for row in talk.values():
         assert set(row["collectives"]) == set(talk["dense"]["collectives"])
         assert row["activation_gathers"] == 0
     assert set(talk["dense"]["collectives"]) == {"all-gather", "all-reduce", "reduce-scatter"}
 
 
-@pytest.mark.parametrize("task", [pods.LM, pods.DECODING], ids=lambda task: task.step)
-def test_on_a_pod_routing_adds_no_collective(rows: list[pods.Row], task: pods.Task):
+@pytest.mark.parametrize("task", [pod_tasks.LM, pod_tasks.DECODING], ids=lambda task: task.step)
+def test_on_a_pod_routing_adds_no_collective(rows: list[pods.Row], task: pod_tasks.Task):
     routed, dense = (of(rows, "v5e-256", task)[plan] for plan in ("mod", "dense"))
     assert routed["collectives"] == dense["collectives"]
     assert routed["activation_gathers"] == dense["activation_gathers"]
@@ -92,19 +94,19 @@ def test_on_a_pod_routing_adds_no_collective(rows: list[pods.Row], task: pods.Ta
 
 def test_the_rate_of_deletion_adds_no_collective_of_its_own(rows: list[pods.Row]):
     """The compiler sums it with the loss."""
-    learned, dense = (of(rows, "v5e-16", pods.PAIRS)[plan] for plan in ("mrt5", "dense"))
+    learned, dense = (of(rows, "v5e-16", pod_tasks.PAIRS)[plan] for plan in ("mrt5", "dense"))
     assert learned["collectives"] == dense["collectives"]
-    buckets = of(rows, "v5e-16", pods.BUCKETS)["mrt5"]
+    buckets = of(rows, "v5e-16", pod_tasks.BUCKETS)["mrt5"]
     assert buckets["collectives"] == {"all-reduce": 1}  # which bucket
 
 
 def test_reductions_count_less_and_hold_less(rows: list[pods.Row]):
-    for pod in pods.VIT.meshes:
-        row = of(rows, pod, pods.VIT)
+    for pod in pod_tasks.VIT.meshes:
+        row = of(rows, pod, pod_tasks.VIT)
         for plan in ("evit", "tome"):
             assert row[plan]["gflops"] < 0.75 * row["dense"]["gflops"]
             assert row[plan]["temp_mib"] < row["dense"]["temp_mib"]
-    row = of(rows, "v5e-256", pods.LM)
+    row = of(rows, "v5e-256", pod_tasks.LM)
     assert row["mod"]["gflops"] < 0.75 * row["dense"]["gflops"]
 
 
@@ -133,7 +135,7 @@ def test_rows_replace_their_elders(tmp_path: Path):
 
 def test_a_glob_that_fits_nothing_is_told_what_there_is():
     chosen = [name for _, _, name in pods.choose("v5e-256/vit_b16/*")]
-    assert chosen == list(pods.VIT.plans)
+    assert chosen == list(pod_tasks.VIT.plans)
     with pytest.raises(ValueError, match=r"--only='v9' fits none of v5e-256/vit_b16/train/dense"):
         pods.choose("v9")
 
@@ -144,7 +146,7 @@ def test_without_the_compiler_one_sentence_names_the_cure(monkeypatch: pytest.Mo
         pods.main(["--out=never.json"])
 
 
-def compiled(task: pods.Task) -> dict[str, pods.Row]:
+def compiled(task: pod_tasks.Task) -> dict[str, pods.Row]:
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed; run `make tpu`")
     pods.leave_devices_alone()
     rows = {name: pods.compile_row("few", task, name, FEW) for name in task.plans}
@@ -162,7 +164,7 @@ def test_the_tpu_compiler_adds_no_kind_of_collective():
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("task", [TEXT, TOKEN], ids=lambda task: task.step)
-def test_for_the_tpu_compiler_routing_adds_no_collective(task: pods.Task):
+def test_for_the_tpu_compiler_routing_adds_no_collective(task: pod_tasks.Task):
     rows = compiled(task)
     assert rows["mod"]["activation_gathers"] == rows["dense"]["activation_gathers"]
     assert set(rows["mod"]["collectives"]) == set(rows["dense"]["collectives"])

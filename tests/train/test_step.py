@@ -195,8 +195,8 @@ def test_a_gradient_alone_can_be_at_fault():
     """sqrt has a finite value and an infinite slope at 0."""
 
     class Steep(ImageObjective):
-        def __call__(self, model, rows, key, controllers, frozen):
-            loss, rest = super().__call__(model, rows, key, controllers, frozen)
+        def __call__(self, model, rows, key, controllers, frozen, step=0):
+            loss, rest = super().__call__(model, rows, key, controllers, frozen, step)
             return loss + jnp.sqrt(0.0 * model.head.kernel[...].sum() ** 2), rest
 
     _, _, told = run(Steep())

@@ -98,7 +98,8 @@ def expected_macs(
     """What the packed plan would cost at the rates that a soft run reports.
 
     Every soft reduction leaves its `expected_count`, differentiable in what `report.aux` holds;
-    the others leave the integers of the plan. What the reductions themselves cost is taken at
+    the others leave the integers of the plan; so does, for the parts behind it, one whose tokens
+    go on to another part of the model. What the reductions themselves cost is taken at
     those integers: a constant, a percent or two.
 
     Raises:

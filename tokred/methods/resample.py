@@ -137,9 +137,13 @@ class Resample(Reduction):
         map_ = self._map(tokens, weights)
         moved = move(tokens.replace(extra=_without_levels(tokens)), map_)
         moved = with_body(self.name, moved, y)
-        if soft:
-            moved = nested.hide_tail(moved, p + self._lengths(moved, key, train))
-        return moved, map_, state, {}
+        if not soft:
+            return moved, map_, state, {}
+        length = self._lengths(moved, key, train)
+        return nested.hide_tail(moved, p + length), map_, state, {"length": length}
+
+    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Any]) -> Any:
+        return prefix + aux["length"].astype(jnp.float32).mean()
 
     def _keys(self, tokens: Tokens) -> Array | None:
         if not self.levels:

@@ -9,6 +9,7 @@ from tokred.models.encoder_decoder import (
 )
 from tokred.models.vit import ViT, ViTConfig, vit_config
 from tokred.models.vlm import VLM, Prompted, VLMConfig
+from tokred.models.vlm_sizes import vlm_config
 
 __all__ = [
     "VLM",
@@ -24,4 +25,5 @@ __all__ = [
     "decoder_config",
     "encoder_decoder_config",
     "vit_config",
+    "vlm_config",
 ]

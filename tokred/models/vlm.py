@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache
-from tokred.maps import fold
+from tokred.maps import fold, unfold
 from tokred.models.decoder import Decoder, DecoderConfig, check_ids
 from tokred.models.splice import Spliced, check_prompt, splice
 from tokred.models.vit import ViT, ViTConfig, check_images
@@ -153,11 +153,13 @@ class VLM(nnx.Module):
         valid: Bool[Array, "B N"] | None = None,
         image_valid: Bool[Array, "B I"] | None = None,
         question: Bool[Array, "B N"] | None = None,
+        patch_valid: Bool[Array, "B I P"] | None = None,
     ) -> tuple[Float[Array, "B N vocab"], Report]:
         """Logits behind every id; behind a placeholder, those behind its image. Where a reduction
         has dropped a token for good they are 0.
 
         valid: which ids are real. image_valid: which images are; absent ones have no placeholder.
+        patch_valid: which patches of each image are, for images of several sizes in one batch.
         question: what connectors may read of the text; it must not hold answers. Static: plan.
 
         Raises:
@@ -166,7 +168,7 @@ class VLM(nnx.Module):
         """
         spliced, reports = self.read(
             ids, images, plan=plan, call=call, valid=valid, image_valid=image_valid,
-            question=question,
+            question=question, patch_valid=patch_valid,
         )  # fmt: skip
         inside = None if call is None else call.of("decoder")
         tokens, report, _ = self.decoder.decode(
@@ -185,12 +187,14 @@ class VLM(nnx.Module):
         valid: Any = None,
         image_valid: Any = None,
         question: Any = None,
+        patch_valid: Any = None,
     ) -> tuple[Spliced, dict[str, Report]]:
         """What the decoder reads: text and images in place."""
         check_ids(ids, self.config.decoder, plan.of("decoder"))
         check_prompt(ids, self.config.image_id, image_valid, valid, images.shape[1])
         given = self._given(ids, question, plan)
-        seen, reports = self.see(images, plan=plan, call=call, given=given)
+        how: dict[str, Any] = {"plan": plan, "call": call, "given": given}
+        seen, reports = self.see(images, patch_valid=patch_valid, **how)
         text = self.decoder.tokens(ids, None, jnp.zeros(ids.shape)).x
         holds = ids == self.config.image_id
         spliced = splice(text, holds, seen, valid=valid, step=self.config.image_step)
@@ -203,6 +207,7 @@ class VLM(nnx.Module):
         plan: Plan = DENSE,
         call: Call | None = None,
         given: dict[str, Any] | None = None,
+        patch_valid: Bool[Array, "B I P"] | None = None,
     ) -> tuple[Tokens, dict[str, Report]]:
         """The tokens [B I K D] of every image, as wide as the decoder's, and what the plan did."""
         b, i = images.shape[:2]
@@ -212,7 +217,7 @@ class VLM(nnx.Module):
         each = {k: jax.tree.map(lambda a: jnp.repeat(a, i, axis=0), v) for k, v in given.items()}
         inside = dataclasses.replace(call.of("vision"), given={**call.given, **each})
         tokens, report = self.vision.encode(
-            self.vision.tokens(flat),
+            self.vision.tokens(flat, None if patch_valid is None else unfold(patch_valid, axis=0)),
             plan=plan.of("vision"),
             call=inside,
             layers=self.config.feature_layer,

@@ -63,7 +63,9 @@ def models(
 
     def config_of(**changes: Any) -> Config:
         config = load_config(recipe, overrides)
-        config.train.update(changes)
+        with config.unlocked():
+            for name, value in changes.items():
+                config.train[name] = value
         return config
 
     config = config_of()

@@ -37,7 +37,7 @@ RULES: Rules = (
     (r"mlp/router/kernel$", ()),
     (r"mlp/(fc2|down)/kernel$", ("tensor", "fsdp")),
     (r"embed/proj/kernel$", (None, None, None, "fsdp")),
-    (r"head/kernel$", ("fsdp",)),
+    (r"(head|projector/layers/\d+)/kernel$", ("fsdp",)),
     # By words alone: split over 'fsdp' in its width it would split activations so, not by batch.
     (r"embed/embedding$", ("tensor",)),
     (r"(^|/)(position|cls|registers|scale\d?|bias|table)$", ()),

@@ -5,7 +5,8 @@ python -m tokred.train.pods --out=docs/pods.json --only='v5e-256/lm_1b/*'
 Trained with AdamW, in bfloat16 over float32 parameters: ViT-B/16 at 224 pixels on a global batch of
 4096 images, and a decoder of a billion parameters on 256 sequences of 2048 tokens. In bfloat16 it
 also decodes one token of each of 256 sequences. ByT5-small learns and applies MrT5's gate on 256
-pairs of 1024 and 256 bytes; it is applied in three buckets. A row says what one chip holds and
+pairs of 1024 and 256 bytes; it is applied in three buckets. A ViT-S/16 before a decoder of 100M
+learns Matryoshka queries on 256 images. A row says what one chip holds and
 counts, and how often chips talk. Nothing is executed, so nothing is timed but the compiler, which
 is told to search little for fast code: for the dense ViT on v5e-256 that gives the same collectives
 and 3 % less temporary memory in an eighth of the processor time.
@@ -17,8 +18,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,129 +28,28 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tokred.methods import make_plan
 from tokred.models.buckets import encode_in_buckets
-from tokred.models.decoder import DecoderConfig, decoder_config
-from tokred.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder_config
-from tokred.models.vit import vit_config
-from tokred.plan import Layout, Plan
+from tokred.models.decoder import DecoderConfig
+from tokred.models.encoder_decoder import EncoderDecoderConfig
+from tokred.models.vlm import VLMConfig
+from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.collectives import count_activation_gathers, count_collectives
 from tokred.train.families import FAMILIES
 from tokred.train.losses import ImageObjective, Objective
 from tokred.train.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, with_places
 from tokred.train.optimizer import make_optimizer
+from tokred.train.pod_tasks import PODS, TASKS, Pod, Task
 from tokred.train.seq2seq import Seq2SeqObjective
 from tokred.train.state import Weights, init_state, split_model
 from tokred.train.step import make_train_step
+from tokred.train.talk import TalkObjective
 from tokred.train.text import TextObjective
 
 Row = dict[str, Any]
 MIB = 2**20
 QUICKLY = {"exec_time_optimization_effort": -1.0}  # of -1 to 1
 KEY = ("pod", "model", "step", "plan")  # of a row
-
-
-@dataclass(frozen=True)
-class Pod:
-    """A slice of TPUs. hbm: per chip, in 10^9 bytes."""
-
-    topology: str
-    hbm: int
-
-
-PODS: Mapping[str, Pod] = {
-    "v5e-16": Pod("v5e:4x4", 16),
-    "v5e-256": Pod("v5e:16x16", 16),
-    "v5p-512": Pod("v5p:8x8x4", 95),  # named after its cores: 256 chips
-    "v6e-256": Pod("v6e:16x16", 32),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model and what it does under each of some plans.
-
-    step: 'train', 'decode' one token of every sequence with a cache of the whole context, or
-    'buckets', logits of a target given a source of which the gate keeps what it wants.
-    batch: global. meshes: sizes of axes by pod. remat: how many layers are computed twice; the next
-    number is tried where a step does not fit.
-    """
-
-    model: str
-    step: str
-    config: Any
-    batch: int
-    plans: Mapping[str, Callable[[Layout], Plan]]
-    meshes: Mapping[str, Mapping[str, int]]
-    remat: tuple[int, ...] = (0,)
-
-    def label(self, pod: str, plan: str) -> str:
-        return f"{pod}/{self.model}/{self.step}/{plan}"
-
-
-def dense(layout: Layout) -> Plan:
-    return make_plan("dense", layout)
-
-
-def mod(layout: Layout) -> Plan:
-    """Half of the layers take an eighth of the tokens; what decides in decoding is trained too."""
-    return make_plan("mod", layout, keep=0.125, gate="predictor")
-
-
-VIT = Task(
-    "vit_b16",
-    "train",
-    vit_config("vit_b16", dtype=jnp.bfloat16, drop_path=0.1),
-    batch=4096,
-    plans={
-        "dense": dense,
-        "diffrate": lambda layout: make_plan("diffrate", layout).with_twin("soft"),
-        "evit": lambda layout: make_plan("evit", layout, keep=0.7),
-        "tome": lambda layout: make_plan("tome", layout, r=13),
-    },
-    meshes={
-        "v5e-256": {"data": 16, "fsdp": 16},
-        "v5p-512": {"data": 32, "fsdp": 8},
-        "v6e-256": {"data": 16, "fsdp": 16},
-    },
-    remat=(0, 12),
-)
-LM = Task(
-    "lm_1b",
-    "train",
-    decoder_config("lm_1b", dtype=jnp.bfloat16),
-    batch=256,
-    plans={"dense": dense, "mod": mod},
-    meshes={"v5e-256": {"data": 8, "fsdp": 8, "tensor": 4}},
-    remat=(0, 20),
-)
-DECODING = Task(
-    "lm_1b",
-    "decode",
-    decoder_config("lm_1b", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
-    batch=256,
-    plans={"dense": dense, "mod": lambda layout: mod(layout).with_twin("causal")},
-    meshes={"v5e-256": {"data": 64, "tensor": 4}},
-)
-PAIRS = Task(
-    "byt5_small",
-    "train",
-    encoder_decoder_config("byt5_small", dtype=jnp.bfloat16),
-    batch=256,
-    plans={"dense": dense, "mrt5": lambda layout: make_plan("mrt5", layout).with_twin("soft")},
-    meshes={"v5e-16": {"data": 16}},
-    remat=(0, 12),
-)
-BUCKETS = Task(
-    "byt5_small",
-    "buckets",
-    encoder_decoder_config("byt5_small", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
-    batch=256,
-    plans={"mrt5": lambda layout: make_plan("mrt5", layout)},
-    meshes={"v5e-16": {"data": 16}},
-)
-TASKS = (VIT, LM, DECODING, PAIRS, BUCKETS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -240,6 +139,8 @@ def objective_of(config: Any, plan: Plan, remat: int = 0) -> Objective:
         return TextObjective(plan, remat=remat)
     if isinstance(config, EncoderDecoderConfig):
         return Seq2SeqObjective(plan, padded=False, remat=remat)
+    if isinstance(config, VLMConfig):
+        return TalkObjective(plan, remat=remat)
     weight = 10.0 if plan.twin == "soft" else 0.0
     return ImageObjective(plan, label_smoothing=0.1, macs_weight=weight, target=0.5, remat=remat)
 
@@ -281,8 +182,20 @@ def batch_fields(config: Any, batch: int) -> dict[str, tuple[tuple[int, ...], An
             "target": (target, jnp.int32),
             "weight": (target, jnp.float32),
         }
+    if isinstance(config, VLMConfig):
+        return talk_fields(config, batch)
     images = (batch, *config.image_size, config.channels)
     return {"image": (images, jnp.float32), "label": ((batch,), jnp.int32)}
+
+
+def talk_fields(config: VLMConfig, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Prompts that leave room for the images' tokens in the context."""
+    n = config.context - config.images * (config.image_tokens() - 1)
+    kinds = {"input": jnp.int32, "target": jnp.int32, "weight": jnp.float32}
+    kinds |= {"input_valid": jnp.bool_, "question": jnp.bool_}
+    images = (batch, config.images, *config.vision.image_size, config.vision.channels)
+    given = {"image": (images, jnp.float32), "image_valid": (images[:2], jnp.bool_)}
+    return {**{name: ((batch, n), kind) for name, kind in kinds.items()}, **given}
 
 
 def lower_buckets(config: EncoderDecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> Any:

@@ -1,0 +1,44 @@
+"""The study of lengths: which models it trains, and a tiny one from end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokred.train import matryoshka
+from tokred.train.matryoshka import models
+
+RECIPE = str(Path(__file__).parents[2] / "configs" / "grid_mqt.py") + ":smoke"
+QUIET = ["log.progress=False", "log.tensorboard=False"]
+
+
+def test_there_is_a_model_for_all_lengths_and_one_for_each():
+    found = {
+        name: (config, asked) for name, config, asked in models(RECIPE, QUIET, (1, 4), ["pooling"])
+    }
+    assert list(found) == ["mqt", "mqt only 1", "mqt only 4", "pooling"]
+    nested, asked = found["mqt"]
+    assert tuple(nested.train.each) == (1, 4) and nested.train.vary == "length"
+    assert [options["length"] for options in asked] == [1, 4]
+    fixed, asked = found["mqt only 4"]
+    assert fixed.train.vary == "" and fixed.train.options.length == 4
+    assert [options["length"] for options in asked] == [4]
+    pooled, asked = found["pooling"]
+    assert pooled.train.vary == "keep" and tuple(pooled.train.each) == (1 / 64, 4 / 64)
+    assert asked[1] == {"keep": 4 / 64, "site": "output"}
+
+
+@pytest.mark.slow
+def test_a_study_writes_rows_for_every_length(tmp_path: Path):
+    matryoshka.main([
+        f"--config={RECIPE}", f"--workdir={tmp_path}", "--seeds=0", "--lengths=1,4",
+        "--baselines=uniform", *(f"--config.{change}" for change in QUIET),
+    ])  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    asked = [(row["model"], row["tokens"]) for row in rows]
+    assert asked == [
+        ("mqt", 1), ("mqt", 4), ("mqt only 1", 1), ("mqt only 4", 4), ("uniform", 1),
+        ("uniform", 4),
+    ]  # fmt: skip
+    assert all(0 <= row["exact"] <= 1 for row in rows)
+    assert (tmp_path / "lengths.png").exists()
