@@ -88,7 +88,7 @@ def _rows(ask: Ask, seen: Seen) -> Array:
     if ask.rows == "cls":
         row, own = jnp.zeros((*batch, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
     else:
-        row, own = _last_row(seen), jnp.full((1,), n - 1)
+        row, own = seen.tokens.last_slot(), jnp.full((1,), n - 1)
         if seen.tokens.policy is not None:
             raise ValueError("Ask: rows='last' and a policy do not go together; use rows='cls'.")
     how, axis = seen.softmax_arguments(), len(batch)
@@ -99,14 +99,6 @@ def _rows(ask: Ask, seen: Seen) -> Array:
     rows = attention_rows(gather(seen.q, row, axis=axis), seen.k, own=own, **how)  # [*B H 1 N]
     rows = rows.reshape(*batch, rows.shape[-3], n)
     return rows.mean(axis=-2) if ask.heads == "mean" else jnp.swapaxes(rows, -1, -2)
-
-
-def _last_row(seen: Seen) -> Array:
-    valid, n = seen.tokens.valid, seen.tokens.n
-    if valid is None:
-        return jnp.full((*seen.tokens.batch, 1), n - 1)
-    slots = jnp.arange(n).reshape((1,) * (valid.ndim - 1) + (-1,))
-    return jnp.where(valid, slots, 0).max(-1, keepdims=True)
 
 
 def _column_mean(ask: Ask, seen: Seen) -> Array:

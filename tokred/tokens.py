@@ -64,6 +64,17 @@ class Tokens:
         ones = jnp.ones((*self.batch, self.n), jnp.float32)
         return ones if self.valid is None else ones * self.valid
 
+    def positions(self) -> Float[Array, "*B N C"]:
+        """`position` with a row for every example; there must be one."""
+        return jnp.broadcast_to(self.position, (*self.batch, *self.position.shape[-2:]))
+
+    def last_slot(self) -> Int[Array, "*B 1"]:
+        """Where the last valid token is, 0 without any."""
+        if self.valid is None:
+            return jnp.full((*self.batch, 1), self.n - 1)
+        slots = jnp.arange(self.n).reshape((1,) * (self.valid.ndim - 1) + (-1,))
+        return jnp.where(self.valid, slots, 0).max(-1, keepdims=True)
+
     def key_bias(self) -> Float[Array, "*B N"] | None:
         """What attention adds per key: `bias`, and log(size) where attention is proportional."""
         if not self.proportional or self.size is None:
@@ -116,8 +127,7 @@ def move(
     maximum; source follows.
     """
     if tokens.position is not None:
-        every = (*tokens.batch, *tokens.position.shape[-2:])
-        tokens = tokens.replace(position=jnp.broadcast_to(tokens.position, every))
+        tokens = tokens.replace(position=tokens.positions())
     if isinstance(map_, Keep):
         return _kept(tokens, map_, map_.apply(tokens.x, how, weight=weight))
     by_size = how is None and weight is None

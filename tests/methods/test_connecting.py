@@ -14,13 +14,14 @@ from tests.methods.grids import BATCH, LAYOUT, layout_of, run, tokens_of
 from tokred import cost
 from tokred.cost.bench import forward
 from tokred.methods.c_abstractor import c_abstractor
-from tokred.methods.connecting import cells_for, dividing_windows, region_map, window_for
+from tokred.methods.connecting import cells_for, region_map, window_for
 from tokred.methods.ldp import ldp
 from tokred.methods.m3 import m3
 from tokred.methods.pixel_shuffle import pixel_shuffle
 from tokred.methods.tokenflex import tokenflex
 from tokred.models import ViT, ViTConfig
 from tokred.nn.locality import adaptive_matrix
+from tokred.nn.regions import dividing_windows
 from tokred.plan import Plan
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

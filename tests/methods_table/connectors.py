@@ -38,8 +38,8 @@ def connector(method: str, left: int, **fields: object) -> Row:
     def padding(layout):
         return make_plan(method, layout, **row.easy).at("output")[-1][1]
 
-    given = {"model": "vit_grid", "learned": True, "trains": "packed", "exempt": NEW, **fields}
-    row = Row(method, left=left, padding=padding, **given)  # pyright: ignore[reportArgumentType]
+    given = {"model": "vit_grid", "learned": True, "trains": "packed", "exempt": NEW}
+    row = Row(method, left=left, **{**given, "padding": padding, **fields})  # pyright: ignore[reportArgumentType]
     return row
 
 
@@ -179,19 +179,18 @@ CONNECTORS = (
         merges=True,
         exempt={**NO_TWIN, "edge_all_but_one": "windows form a grid"},
     ),
-    Row(
+    connector(
         "pixel_shuffle",
         left=2,
         model="vit_square",
         easy={"keep": 0.5},
         hard={"keep": 0.3, "version": "v1"},
+        padding=None,
         merges=True,
-        learned=True,
-        trains="packed",
         exempt=CELLS,
         slow=True,
     ),
-    Row(
+    connector(
         "tokenflex",
         left=7,
         model="vit_mean",
@@ -199,12 +198,10 @@ CONNECTORS = (
         hard={"tokens": 9},
         padding=lambda layout: TokenFlex(**halves(layout), average="adaptive"),
         merges=True,
-        learned=True,
-        trains="packed",
         exempt=CELLS,
         slow=True,
     ),
-    Row(
+    connector(
         "c_abstractor",
         left=8,
         model="vit_mean",
@@ -213,12 +210,10 @@ CONNECTORS = (
         one={"keep": 0.01, "depth": 1},
         padding=lambda layout: CAbstractor(**halves(layout), depth=1),
         merges=True,
-        learned=True,
-        trains="packed",
         exempt=CELLS,
         slow=True,
     ),
-    Row(
+    connector(
         "ldp",
         left=7,
         model="vit_mean",
@@ -226,21 +221,18 @@ CONNECTORS = (
         hard={"tokens": 4},
         padding=lambda layout: LDP(**halves(layout)),
         merges=True,
-        learned=True,
-        trains="packed",
         exempt=CELLS,
         slow=True,
     ),
-    Row(
+    connector(
         "lookupvit",
         left=7,
+        model="vit",
         easy={"keep": 0.4},
         hard={"side": 2, "renorm": True, "hidden": 1.0},
         one={"keep": 0.07},
         padding=lambda layout: Compress(layout.grid, (layout.grid[0] // 2, layout.grid[1] // 2)),
         merges=True,
-        learned=True,
-        trains="packed",
         exempt={
             **TRAINED_PACKED,
             "soft_is_packed": "it has no soft twin",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tokred.cost.bench import RATIOS, Candidate, Row, split, time_rows
+from tokred.cost.bench import Candidate, Row, split, time_rows, with_ratios
 from tokred.cost.compiled import compile_cost
 from tokred.cost.macs import macs
 from tokred.methods import get_method, make_plan
@@ -53,7 +53,7 @@ def bench_talk(
         for name, row in time_rows(candidates, rounds, warmup=1).items()
     ]
     rows = [row | {"macs": macs(config, plans[row["method"]], tokens=tokens)} for row in rows]
-    return [row | {r: row[f] / rows[0][f] for r, f in RATIOS.items()} for row in rows]
+    return [with_ratios(row, rows[0]) for row in rows]
 
 
 def _plans(config: VLMConfig, methods: Sequence[str], lengths: Sequence[int]) -> dict[str, Plan]:

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int32
@@ -194,9 +195,9 @@ def accuracy_by_region(
 
 
 def evidence_patches(
-    evidence: Bool[np.ndarray, "*B rows cols"], grid: tuple[int, int]
-) -> Bool[np.ndarray, "*B N"]:
-    """The patches of a ViT that lie in the cells, row by row; grid: its h, w; N = h * w.
+    evidence: Bool[Any, "*B rows cols"], grid: tuple[int, int]
+) -> Bool[Any, "*B N"]:
+    """Patches of a ViT that lie in the cells, row by row, of NumPy or JAX arrays; grid: its h, w.
 
     Raises ValueError where cells would share patches.
     """

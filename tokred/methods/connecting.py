@@ -29,12 +29,6 @@ def require_grid(method: str, grid: Grid, n: int, prefix: int) -> None:
         )
 
 
-def dividing_windows(grid: Grid) -> tuple[int, ...]:
-    """The sides of the square windows that divide the grid, ascending."""
-    common = math.gcd(*grid)
-    return tuple(side for side in range(1, common + 1) if common % side == 0)
-
-
 def windows_left(grid: Grid, side: int) -> int:
     """How many whole windows fit."""
     return (grid[0] // side) * (grid[1] // side)

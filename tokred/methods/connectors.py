@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokred.methods.registry import register
-from tokred.methods.resample import connector, levels_of, side_of, window_of
+from tokred.methods.resample import connector, count_of, heads_of, levels_of, side_of, window_of
 from tokred.nn.resampler_shape import ResamplerShape
 from tokred.plan import Layout, Plan
 
@@ -24,7 +24,17 @@ def _register(name: str, paper: str, *golden: str, **about: Any) -> Callable[...
 
 
 def _count(layout: Layout, keep: float, count: int | None) -> int:
-    return max(1, int(keep * (layout.tokens - layout.prefix) + 1e-6)) if count is None else count
+    return count_of(layout, keep) if count is None else count
+
+
+def _bert(
+    width: int, heads: int, count: int, depth: int, every: int, causal: bool
+) -> ResamplerShape:
+    mask = "causal" if causal else "none"
+    return ResamplerShape(
+        width, heads, count, query="norm", form="post", depth=depth, looks_every=every, mask=mask,
+        eps=1e-12,
+    )  # fmt: skip
 
 
 @_register("perceiver", "Flamingo 2022", "connectors/perceiver")
@@ -70,11 +80,8 @@ def qformer(
     of the queries, default that of the tokens. causal: each query sees those before it alone
     (SEED). The path of queries without a text; Salesforce LAVIS, transformers `Blip2QFormerModel`.
     """
-    width = width or layout.width
-    shape = ResamplerShape(
-        width, heads or layout.heads, _count(layout, keep, count), query="norm", form="post",
-        depth=depth, looks_every=every, mask="causal" if causal else "none", eps=1e-12,
-    )  # fmt: skip
+    queries = _count(layout, keep, count)
+    shape = _bert(width or layout.width, heads or layout.heads, queries, depth, every, causal)
     return connector("qformer", layout, shape)
 
 
@@ -86,10 +93,7 @@ def seed(
 
     length: how many of the queries are used. AILab-CVC/SEED (its quantiser is no part of this).
     """
-    shape = ResamplerShape(
-        layout.width, layout.heads, _count(layout, keep, count), query="norm", form="post",
-        depth=12, looks_every=2, mask="causal", eps=1e-12,
-    )  # fmt: skip
+    shape = _bert(layout.width, layout.heads, _count(layout, keep, count), 12, 2, True)
     return connector("seed", layout, shape, length=length)
 
 
@@ -111,7 +115,7 @@ def tokenpacker(
     """
     levels = levels_of(layout, LEVELS) if levels is None else levels
     shape = ResamplerShape(
-        layout.width, heads or max(1, layout.width // 128), queries="bilinear", region="window",
+        layout.width, heads_of(layout.width, heads), queries="bilinear", region="window",
         window=window or window_of("tokenpacker", layout, keep), query="bare norm",
         key=f"{MLP} norm", value=f"{MLP} norm", out=MLP, out_width=out,
     )  # fmt: skip
@@ -179,7 +183,7 @@ def llava_uhd(
     width = width or layout.width
     entry = "norm" if width == layout.width else "bare norm"
     shape = ResamplerShape(
-        width, heads or max(1, width // 128), (side or side_of(layout, keep)) ** 2, entry=entry,
+        width, heads_of(width, heads), (side or side_of(layout, keep)) ** 2, entry=entry,
         query="norm", out="norm bare", positions="none" if regions else "keys",
         region="matrix" if regions else "global", bins=uhd_bins(layout.grid),
     )  # fmt: skip
@@ -208,7 +212,7 @@ def slime(
     """
     chain = "norm" if out is None else "norm linear"
     shape = ResamplerShape(
-        layout.width, heads or max(1, layout.width // 128), (side or side_of(layout, keep)) ** 2,
+        layout.width, heads_of(layout.width, heads), (side or side_of(layout, keep)) ** 2,
         positions="both", query="norm", entry="norm", out=chain, out_width=out,
     )  # fmt: skip
     return connector("slime", layout, shape)

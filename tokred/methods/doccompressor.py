@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from tokred.methods.registry import register
+from tokred.methods.resample import heads_of
 from tokred.nn.regions import group_crops
 from tokred.nn.resampler import Resampler
 from tokred.nn.resampler_shape import ResamplerShape
@@ -52,8 +52,8 @@ class DocCompressor(Reduction):
 
     def macs(self, n: int, layout: Layout) -> int:
         shape = doc_shape(layout.width, self.heads, self.depth)
-        pairs, keyed = n * self.crops[0] * self.crops[1], n * self.crops[0] * self.crops[1]
-        one = 2 * (n + keyed) * layout.width**2 + 2 * pairs * layout.width
+        seen = n * self.crops[0] * self.crops[1]  # each by one token alone
+        one = 2 * (n + seen) * layout.width**2 + 2 * seen * layout.width
         feed = 3 * n * layout.width * shape.hidden
         return self.depth * (one + feed) + n * layout.width**2
 
@@ -84,10 +84,7 @@ class DocCompressor(Reduction):
         ran = require_module(self, module)(
             queries, grid=self.grid, queries=queries, keys=group_crops(crops)
         )
-        place = tokens.position
-        place = None if place is None else jnp.broadcast_to(
-            place, (*tokens.batch, *place.shape[-2:])
-        )  # fmt: skip
+        place = None if tokens.position is None else tokens.positions()
         return Tokens(ran.y, position=whole(place)), None, state, {}
 
 
@@ -118,6 +115,6 @@ def doccompressor(
     if crops is None:
         crops = (1, max(1, int(1 / keep) - 1))
     reduction = DocCompressor(
-        (crops[0], crops[1]), layout.grid, heads or max(1, layout.width // 128), depth
+        (crops[0], crops[1]), layout.grid, heads_of(layout.width, heads), depth
     )
     return Plan(((Site("output", part="connector"), reduction),), name="doccompressor")

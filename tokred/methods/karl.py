@@ -29,7 +29,6 @@ ERRORS = (
     0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.09, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.24,
     0.28, 0.32, 0.38,
 )  # fmt: skip
-SITES = ("after", "output")
 
 
 def bin_up(error: Float[Array, "*B"], levels: Float[Array, " L"]) -> Int[Array, "*B"]:
@@ -215,22 +214,12 @@ def karl(
     Raises:
       ValueError: more latents than tokens, or an error without a prefix to carry it.
     """
-    patches = layout.tokens - layout.prefix
-    latents = patches if latents is None else latents
-    if not 1 <= latents <= patches:
-        raise ValueError(
-            f"karl: latents={latents} must lie in [1, {patches}], the tokens behind the prefix; "
-            "change latents."
-        )
-    if site not in SITES:
-        raise ValueError(f"karl: site={site!r} must be one of {SITES}; change site.")
+    where, latents = routing.place_latents("karl", layout, latents, layer, site)
     if error is not None and not layout.prefix:
         raise ValueError(
             f"karl: error={error} conditions the first token of a prefix, which this model lacks; "
             "set class_token=True or leave out error."
         )
-    layer = layout.depth // 2 - 1 if layer is None else layer
-    where = Site("output") if site == "output" else Site("after", max(layer, 0))
     halting = where, Karl(latents, routing.room_of(latents, keep), threshold)
     target = () if error is None else ((Site("input"), Target(error)),)
     return Plan((halting, *target), name="karl")

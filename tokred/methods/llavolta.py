@@ -140,7 +140,7 @@ class VisualPool(Reduction):
 
     def _official_places(self, tokens: Tokens, moved: Tokens, map_: Assign) -> Float[Array, "*B K"]:
         """Averaged in half precision, then cut to whole numbers; text keeps its own."""
-        places = jnp.broadcast_to(tokens.position[..., 0], (*tokens.batch, tokens.n))
+        places = tokens.positions()[..., 0]
         mean = map_.apply(places.astype(jnp.float16).astype(jnp.float32), "mean")
         cut = jnp.trunc(mean.astype(jnp.float16).astype(jnp.float32))
         return jnp.where(moved.extra["vision"] & moved.valid, cut, moved.position[..., 0])

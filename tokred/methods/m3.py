@@ -18,13 +18,13 @@ from jaxtyping import Array
 from tokred.maps import Assign
 from tokred.methods.connecting import (
     Grid,
-    dividing_windows,
     require_grid,
     window_for,
     window_map,
     windows_left,
 )
 from tokred.methods.registry import register
+from tokred.nn.regions import dividing_windows
 from tokred.plan import Layout, Plan, Reduction, Site
 from tokred.tokens import Tokens
 

@@ -6,6 +6,7 @@ length for each example; officially one for a whole batch, which several plans o
 (see `Objective`), and never odd ones.
 """
 
+from tokred.methods import routing
 from tokred.methods.registry import register
 from tokred.methods.resample import connector, side_of
 from tokred.nn.resampler_shape import ResamplerShape
@@ -52,5 +53,5 @@ def mqt(
         query="norm", key="norm" if only else "", value="norm" if only else "",
         entry="" if only else "norm", out="bare", out_width=out,
     )  # fmt: skip
-    length = max(1, int(keep * side**2 + 1e-6)) if length is None else length
+    length = max(1, routing.share_of(side**2, keep)) if length is None else length
     return connector("mqt", layout, shape, length=length, rule=rule, choices=tuple(choices))

@@ -19,11 +19,10 @@ from jaxtyping import Array, Float, Int
 from tokred.methods import routing
 from tokred.methods.registry import register
 from tokred.nested import keep_first, keep_within, lengths_of, replace_tail, sample_length
-from tokred.plan import Layout, Plan, Reduction, Site, require_module
+from tokred.plan import Layout, Plan, Reduction, require_module
 from tokred.tokens import Tokens, move
 
 TAILS = ("hide", "replace")
-SITES = ("after", "output")
 
 
 class MaskToken(nnx.Module):
@@ -142,9 +141,9 @@ def flextok(
     FlexTok (arXiv 2502.13967, apple/ml-flextok), its nested dropout alone: no registers, quantiser
     or flow decoder. The released code replaces in inference too, which is the soft twin; packed,
     they are cut off. keep: the share of the latent tokens that stays outside training. Other
-    options: see `place` and `nested.sample_length`.
+    options: see `routing.place_latents` and `nested.sample_length`.
     """
-    where, latents = place("flextok", layout, latents, layer, site)
+    where, latents = routing.place_latents("flextok", layout, latents, layer, site)
     draws = {"rule": rule, "values": _fixed(values), "weights": _fixed(weights)}
     length = routing.room_of(latents, keep)
     reduction = NestedDropout(latents, length, tail="replace", **draws)
@@ -175,39 +174,13 @@ def onedpiece(
     One-D-Piece (arXiv 2501.10064, turingmotors/One-D-Piece), its Tail Token Drop alone: no
     tokenizer around it. The soft twin hides what the released code cuts off, so that one program
     serves all lengths. keep: the share of the latent tokens that stays outside training. Other
-    options: see `place` and `nested.sample_length`.
+    options: see `routing.place_latents` and `nested.sample_length`.
     """
-    where, latents = place("onedpiece", layout, latents, layer, site)
+    where, latents = routing.place_latents("onedpiece", layout, latents, layer, site)
     draws = {"rule": rule, "values": _fixed(values), "weights": _fixed(weights)}
     length = routing.room_of(latents, keep)
     reduction = NestedDropout(latents, length, tail="hide", shared=True, **draws)
     return Plan(((where, reduction),), name="onedpiece")
-
-
-def place(
-    method: str, layout: Layout, latents: int | None, layer: int | None, site: str
-) -> tuple[Site, int]:
-    """Where latent tokens leave, and how many there are.
-
-    latents: how many of the last tokens, by default all behind the prefix. layer: the encoder's
-    last, by default the middle one. site: 'after' it, or 'output': the whole model is the encoder.
-
-    Raises:
-      ValueError: more latents than tokens, or another site.
-    """
-    patches = layout.tokens - layout.prefix
-    latents = patches if latents is None else latents
-    if not 1 <= latents <= patches:
-        raise ValueError(
-            f"{method}: latents={latents} must lie in [1, {patches}], the tokens behind the "
-            "prefix; change latents."
-        )
-    if site not in SITES:
-        raise ValueError(f"{method}: site={site!r} must be one of {SITES}; change site.")
-    if site == "output":
-        return Site("output"), latents
-    middle = max(layout.depth // 2 - 1, 0)
-    return Site("after", middle if layer is None else layer), latents
 
 
 def _fixed(entries: Sequence | None) -> tuple | None:

@@ -17,13 +17,13 @@ from tokred.maps import Assign
 from tokred.methods.connecting import (
     Connector,
     Grid,
-    dividing_windows,
     window_for,
     window_map,
     windows_left,
 )
 from tokred.methods.registry import register
 from tokred.nn.chain import Chain, chain_macs
+from tokred.nn.regions import dividing_windows
 from tokred.plan import Layout, Plan, Site, require_module
 from tokred.tokens import Tokens
 

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array
 
 from tokred.maps import Keep
+from tokred.methods import routing
 from tokred.methods.registry import register
 from tokred.methods.topk import stage_counts
 from tokred.plan import Layout, Plan, Reduction, Site
@@ -44,7 +45,7 @@ def random(
     site: 'output' for once behind the last layer.
     """
     if site == "output":
-        k = max(1, int(keep * (layout.tokens - layout.prefix) + 1e-6))
+        k = max(1, routing.share_of(layout.tokens - layout.prefix, keep))
         return Plan(((Site("output"), Random(k)),), name="random")
     if site != "mid":
         raise ValueError(f"random: site={site!r} must be 'mid' or 'output'; change site.")

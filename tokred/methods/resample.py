@@ -1,5 +1,6 @@
 """A resampler as a reduction: K queries take the place of an image's tokens."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,15 +12,15 @@ from jaxtyping import Array, Float
 
 from tokred import nested
 from tokred.maps import Assign, Mix
+from tokred.methods import routing
 from tokred.methods.connecting import (
-    dividing_windows,
     require_grid,
     window_for,
     window_map,
     with_body,
 )
 from tokred.nn.chain import grown
-from tokred.nn.regions import region_matrix
+from tokred.nn.regions import dividing_windows, region_matrix
 from tokred.nn.resampler import Resampler
 from tokred.nn.resampler_shape import ResamplerShape
 from tokred.plan import Ask, Layout, Plan, Reduction, Site, require_module
@@ -104,12 +105,11 @@ class Resample(Reduction):
         return s.out_width or grown(s.query, start, s.width)
 
     def build(self, width: int, heads: int, rngs: nnx.Rngs) -> Resampler:
-        shape = self.shape.replace(levels=max(1, len(self.levels)))
-        return Resampler(shape, width, rngs=rngs)
+        return Resampler(self.shape, width, keys=self._keys_width(width), rngs=rngs)
 
     def macs(self, n: int, layout: Layout) -> int:
-        shape = self.shape.replace(levels=max(1, len(self.levels)))
-        return shape.macs(layout.width, self.grid, self.queries)
+        keys = self._keys_width(layout.width)
+        return self.shape.macs(layout.width, self.grid, self.queries, keys)
 
     def __call__(
         self,
@@ -144,6 +144,9 @@ class Resample(Reduction):
 
     def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Any]) -> Any:
         return prefix + aux["length"].astype(jnp.float32).mean()
+
+    def _keys_width(self, width: int) -> int:
+        return width * max(1, len(self.levels))
 
     def _keys(self, tokens: Tokens) -> Array | None:
         if not self.levels:
@@ -196,11 +199,21 @@ def levels_of(layout: Layout, shares: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(sorted({max(0, round(share * layout.depth) - 1) for share in shares}))
 
 
+def count_of(layout: Layout, keep: float) -> int:
+    """How many queries are at most keep * tokens; one at least."""
+    return max(1, routing.share_of(layout.tokens - layout.prefix, keep))
+
+
 def side_of(layout: Layout, keep: float) -> int:
     """The side of the largest square of queries that is at most keep * tokens."""
-    return max(1, int((keep * (layout.tokens - layout.prefix)) ** 0.5 + 1e-6))
+    return math.isqrt(count_of(layout, keep))
 
 
 def window_of(name: str, layout: Layout, keep: float) -> int:
     """The smallest window that divides the grid and leaves at most keep of the tokens."""
     return window_for(name, layout.grid, keep, dividing_windows(layout.grid))
+
+
+def heads_of(width: int, heads: int | None) -> int:
+    """As given, or one for every 128 channels."""
+    return heads or max(1, width // 128)

@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokred.maps import Keep
 from tokred.ops import gather
-from tokred.plan import Layout
+from tokred.plan import Layout, Site
 from tokred.select import keep_top_k
 from tokred.tokens import Tokens, move
 
 POSITIONS = ("renumber", "keep")
+LATENT_SITES = ("after", "output")
 Routed = tuple[Tokens, Keep, Float[Array, "*B K"]]
 
 
@@ -209,3 +210,29 @@ def extra_or(method: str, tokens: Tokens, name: str, default: Any, *, twin: str)
     if twin == "causal" and tokens.n == 1 and name not in tokens.extra:
         return jnp.full((*tokens.batch, 1), default)
     return require_extra(method, tokens, name)
+
+
+def place_latents(
+    method: str, layout: Layout, latents: int | None, layer: int | None, site: str
+) -> tuple[Site, int]:
+    """Where latent tokens leave, and how many there are.
+
+    latents: how many of the last tokens, by default all behind the prefix. layer: the encoder's
+    last, by default the middle one. site: 'after' it, or 'output': the whole model is the encoder.
+
+    Raises:
+      ValueError: more latents than tokens, or another site.
+    """
+    patches = layout.tokens - layout.prefix
+    latents = patches if latents is None else latents
+    if not 1 <= latents <= patches:
+        raise ValueError(
+            f"{method}: latents={latents} must lie in [1, {patches}], the tokens behind the "
+            "prefix; change latents."
+        )
+    if site not in LATENT_SITES:
+        raise ValueError(f"{method}: site={site!r} must be one of {LATENT_SITES}; change site.")
+    if site == "output":
+        return Site("output"), latents
+    middle = max(layout.depth // 2 - 1, 0)
+    return Site("after", middle if layer is None else layer), latents

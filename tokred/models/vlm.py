@@ -17,7 +17,7 @@ from tokred.models.vit import ViT, ViTConfig, check_images
 from tokred.nn.chain import Chain, chain_macs
 from tokred.ops import gather
 from tokred.plan import Layout, Plan
-from tokred.report import Call, Record, Report, join_reports, make_report, reduce_model
+from tokred.report import Call, Report, join_reports, make_report, reduce_model
 from tokred.tokens import Tokens
 
 DENSE = Plan()
@@ -224,10 +224,11 @@ class VLM(nnx.Module):
         )
         tokens = _per_image(tokens, b)
         tokens = tokens.replace(x=self.projector(tokens.x))
-        after = dataclasses.replace(call.of("connector"), given={**call.given, **given})
-        after = dataclasses.replace(after, modules={**self.reductions, **after.modules})
+        after = call.of("connector")
+        modules = {**self.reductions, **after.modules}
+        after = dataclasses.replace(after, modules=modules, given={**call.given, **given})
         tokens, records = reduce_model(plan.of("connector"), "output", tokens, after)
-        return tokens, {"vision": report, "connector": _report(tokens, records)}
+        return tokens, {"vision": report, "connector": make_report(tokens, records, (), ())}
 
     def _given(self, ids: Array, question: Any, plan: Plan) -> dict[str, Any]:
         """What connectors ask for of the text: 'text' [B D], the question's last hidden state as
@@ -244,14 +245,12 @@ class VLM(nnx.Module):
         words = self.decoder.tokens(ids, question, place)
         made: dict[str, Any] = {"words": words} if "words" in wanted else {}
         if "text" in wanted:
-            made["text"] = self._last_state(words, question)
+            made["text"] = self._last_state(words)
         return made
 
-    def _last_state(self, words: Tokens, question: Array) -> Float[Array, "B D"]:
+    def _last_state(self, words: Tokens) -> Float[Array, "B D"]:
         tokens, _, _ = self.decoder.decode(words)
-        slots = jnp.arange(question.shape[1])
-        last = jnp.where(question, slots, 0).max(-1, keepdims=True)
-        return jax.lax.stop_gradient(gather(tokens.x, last, axis=1)[:, 0])
+        return jax.lax.stop_gradient(gather(tokens.x, words.last_slot(), axis=1)[:, 0])
 
     def _logits(self, tokens: Tokens, place: Int[Array, "B N"]) -> Float[Array, "B N vocab"]:
         """Of the ids alone, wherever they are now."""
@@ -266,16 +265,8 @@ def _per_image(tokens: Tokens, batch: int) -> Tokens:
     """[B I ...] of [B*I ...], without the prefix."""
     p = tokens.prefix
     split = lambda a: None if a is None else fold(a[:, p:], batch, axis=0)  # noqa: E731
-    return Tokens(split(tokens.x), valid=split(tokens.valid), position=split(_whole(tokens)))
-
-
-def _whole(tokens: Tokens) -> Any:
-    place = tokens.position
-    return None if place is None else jnp.broadcast_to(place, (*tokens.batch, *place.shape[-2:]))
-
-
-def _report(tokens: Tokens, records: tuple[Record, ...]) -> Report:
-    return make_report(tokens, records, (), ())
+    place = None if tokens.position is None else tokens.positions()
+    return Tokens(split(tokens.x), valid=split(tokens.valid), position=split(place))
 
 
 @dataclass(frozen=True)

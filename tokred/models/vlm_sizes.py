@@ -9,8 +9,8 @@ from tokred.models.vit import vit_config
 from tokred.models.vlm import VLMConfig
 
 _SMALL = {"width": 96, "depth": 4, "heads": 3, "patch": (4, 4), "image_size": (32, 32)}
-# name: (vision model, changes of it, decoder, changes of it, other fields); 'tiny' and 'mini' are
-# our own, named by their parameters; the last is LLaVA-1.5's layout, without its CLIP weights.
+# name: (vision model, changes of it, decoder, changes of it, other fields). vlm_* are our own,
+# named by their parameters; the last is LLaVA-1.5's layout.
 SIZES: Mapping[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
     "vlm_1m": ("vit_ti16", {**_SMALL, "channels": 1}, "lm_3m", {"width": 96, "depth": 3}, {}),
     "vlm_30m": ("vit_ti16", {}, "lm_30m", {}, {}),

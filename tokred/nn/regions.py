@@ -8,11 +8,16 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 
+def dividing_windows(grid: tuple[int, int]) -> tuple[int, ...]:
+    """The sides of the square windows that divide the grid, ascending."""
+    common = math.gcd(*grid)
+    return tuple(side for side in range(1, common + 1) if common % side == 0)
+
+
 def check_window(grid: tuple[int, int], window: int) -> None:
     """Raises ValueError where windows do not fill the grid, with the nearest that do."""
-    common = math.gcd(*grid)
-    if common % window:
-        fits = [n for n in range(1, common + 1) if common % n == 0]
+    fits = dividing_windows(grid)
+    if window not in fits:
         near = min(fits, key=lambda n: (abs(n - window), n))
         raise ValueError(
             f"window={window} does not divide the grid {grid[0]}x{grid[1]}; the nearest that does "

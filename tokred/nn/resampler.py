@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -13,6 +12,7 @@ from tokred.maps import fold, window_order
 from tokred.nn.chain import Chain, as_input, grown
 from tokred.nn.cross_attention import CrossAttention, PostBlock, PreBlock
 from tokred.nn.grids import grid_matrix, resize_matrix, sincos_2d
+from tokred.nn.locality import pool_regions
 from tokred.nn.regions import check_window, in_bins, region_matrix
 from tokred.nn.resampler_shape import ResamplerShape
 from tokred.ops import gather
@@ -28,13 +28,13 @@ class Resampled(NamedTuple):
 class Resampler(nnx.Module):
     """tokens [*B M D'] of a grid -> queries' results [*B K out].
 
-    width: D' of the tokens, channels of all `levels` together for the keys.
+    width: D' of the tokens. keys: channels of what queries look at, None for the same.
     """
 
     def __init__(
         self, shape: ResamplerShape, width: int, *, keys: int | None = None, rngs: nnx.Rngs
     ):
-        s, keys = shape, (keys or width) * shape.levels
+        s, keys = shape, keys or width
         self.shape = shape
         chain = lambda names, a, b=None: Chain(names, a, b, eps=s.eps, rngs=rngs)  # noqa: E731
         entered = grown(s.entry, keys, s.width)
@@ -127,7 +127,7 @@ class Resampler(nnx.Module):
             lead, image = x.shape[:-2], x.reshape(-1, *grid, x.shape[-1])
             return self.pool(image).reshape(*lead, h * w, -1)
         rows = resize_matrix(grid[0], h, "bilinear"), resize_matrix(grid[1], w, "bilinear")
-        return _mixed(grid_matrix(*rows), x)
+        return pool_regions(x, grid_matrix(*rows))
 
     def _table_position(self, length: int | None, like: Array) -> Array:
         return _like(self._position()[:length], like)
@@ -141,7 +141,7 @@ class Resampler(nnx.Module):
         """The table for the grid of the keys."""
         side = math.isqrt(self.shape.count)
         sides = (resize_matrix(side, n, "bicubic") for n in grid)
-        return _mixed(grid_matrix(*sides), self._position().astype(jnp.float32))
+        return pool_regions(self._position().astype(jnp.float32), grid_matrix(*sides))
 
     def _region(self, x: Any, grid: tuple[int, int]) -> Any:
         """[*B M ...] -> [*B K P ...]: what each query looks at."""
@@ -183,12 +183,6 @@ def causal(n: int) -> Bool[Array, "K K"]:
 def _like(table: Array, x: Array) -> Array:
     """A table [M D] for every example, as x is."""
     return jnp.broadcast_to(table.astype(x.dtype), (*x.shape[:-2], *table.shape))
-
-
-def _mixed(matrix: np.ndarray, x: Array) -> Array:
-    """A constant matrix times the tokens, in float32."""
-    rows = jnp.asarray(matrix, jnp.float32)
-    return jnp.einsum("kn,...nd->...kd", rows, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _depthwise(width: int, window: int, rngs: nnx.Rngs) -> nnx.Conv:

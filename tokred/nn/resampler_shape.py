@@ -26,7 +26,7 @@ class ResamplerShape:
     region, what a query looks at: 'global' all tokens · 'window' its own window x window cells
     · 'given' keys [*B K P C] by the caller (crop groups) · 'matrix' `bins` bins of its own cell of
     a sqrt(K) x sqrt(K) partition, averaged with weights that only the grid decides (RoI).
-    levels: how many feature maps the keys' channels are joined of. positions, sincos of a
+    positions, sincos of a
     sqrt(K) x sqrt(K) grid, resized to the image's: 'keys', 'both', or 'only': keys are positions
     alone, and the queries have them before their chain. Values never have them.
     source: chain of the tokens that queries are pooled of · query, key, value: chains in front of
@@ -46,7 +46,6 @@ class ResamplerShape:
     region: str = "global"
     window: int = 1
     bins: tuple[int, int] = (2, 2)
-    levels: int = 1
     positions: str = "none"
     source: str = ""
     query: str = ""
@@ -79,7 +78,7 @@ class ResamplerShape:
             _one_of(field, getattr(self, field), known)
         _one_of("projections", how.get("projections", "all"), PROJECTIONS)
         _one_of("softmax", how.get("softmax", "keys"), SOFTMAX)
-        for field in ("count", "window", "depth", "levels", "heads", "width"):
+        for field in ("count", "window", "depth", "heads", "width"):
             if getattr(self, field) < 1:
                 raise ValueError(
                     f"Resampler: {field}={getattr(self, field)} must be at least 1; raise {field}."
@@ -103,10 +102,10 @@ class ResamplerShape:
         check_window(grid, self.window)
         return grid[0] * grid[1] // self.window**2
 
-    def macs(self, width: int, grid: tuple[int, int], queries: int) -> int:
-        """Multiply-accumulates of one image whose tokens have `width` channels on each level."""
-        d, tokens = self.width, grid[0] * grid[1]
-        keys, how = width * self.levels, dict(self.attention)
+    def macs(self, width: int, grid: tuple[int, int], queries: int, keys: int) -> int:
+        """Multiply-accumulates of one image; width, keys: channels of its tokens and of those that
+        queries look at."""
+        d, tokens, how = self.width, grid[0] * grid[1], dict(self.attention)
         entered = grown(self.entry, keys, d)
         start = grown(self.source, width, d) if self.pooled else d
         asked = grown(self.query, start, d)

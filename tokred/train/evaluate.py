@@ -56,7 +56,7 @@ def choose_plans(
         if get_method(learned.name).count == "data-dependent":  # slots may overflow
             plans[f"{learned.name} soft"] = (learned.with_twin("soft"), None)
     if ratio is None and learned is not None:
-        ratio = _ratio(setup, learned)
+        ratio = macs_ratio(setup, learned)
     budget: float = setup.config.evaluate.macs if ratio is None else ratio
     for name in setup.config.evaluate.methods if methods is None else methods:
         if name not in plans and keep is not None:
@@ -75,7 +75,8 @@ def check_budget(setup: Setup) -> None:
         cost.solve_keep(setup.model, name, ratio)
 
 
-def _ratio(setup: Setup, plan: Plan) -> float:
+def macs_ratio(setup: Setup, plan: Plan) -> float:
+    """MACs of an example as a share of the dense model's."""
     return _macs(setup, plan) / _macs(setup, Plan())
 
 
@@ -98,7 +99,7 @@ def make_rows(setup: Setup, weights: Weights, inputs: Inputs, plans: Plans) -> l
     for name, (plan, keep) in plans.items():
         row = {"method": name, "seed": setup.config.seed, "keep": keep}
         row |= make_evaluator(setup, inputs, plan)(tuned[name])
-        row |= {"macs": _macs(setup, plan), "macs_ratio": _ratio(setup, plan)}
+        row |= {"macs": _macs(setup, plan), "macs_ratio": macs_ratio(setup, plan)}
         rows.append(row | {"ms": times[name], "ms_ratio": times[name] / times["dense"]})
     return rows
 

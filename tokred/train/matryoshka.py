@@ -14,16 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokred import cost, viz
+from tokred import viz
 from tokred.methods import make_plan
-from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config
-from tokred.train.evaluate import make_evaluator
+from tokred.train.evaluate import macs_ratio, make_evaluator
 from tokred.train.inputs import make_inputs
 from tokred.train.job import train
 from tokred.train.seeds import read_seeds
-from tokred.train.setup import Setup, make_setup
+from tokred.train.setup import make_setup
 
 Row = dict[str, Any]
 RECIPE = "configs/grid_mqt.py"
@@ -42,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         "--baselines", default=",".join(BASELINES), help="of " + ",".join(BASELINES)
     )
     args, overrides = parser.read(argv)
-    lengths = read_seeds(args.lengths)
+    lengths = read_seeds(args.lengths, "--lengths")
     rows: list[Row] = []
     for seed in read_seeds(args.seeds):
         names = [name for name in args.baselines.split(",") if name]
@@ -93,13 +92,8 @@ def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, A
         tokens = setup.model.image_tokens(plan)
         row = {"method": f"{name}: {tokens}", "model": name, "tokens": tokens, "seed": config.seed}
         row |= make_evaluator(setup, inputs, plan)(weights)
-        rows.append({**row, "macs_ratio": _ratio(setup, plan)})
+        rows.append({**row, "macs_ratio": macs_ratio(setup, plan)})
     return rows
-
-
-def _ratio(setup: Setup, plan: Plan) -> float:
-    count = lambda plan: cost.macs(setup.model, plan, tokens=setup.tokens)  # noqa: E731
-    return count(plan) / count(Plan())
 
 
 def write(rows: Sequence[Mapping[str, Any]], workdir: Path) -> None:

@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> None:
     print(viz.format_table(rows))
 
 
-def read_seeds(text: str) -> list[int]:
-    """[0, 1] of '0,1'. Raises ValueError for anything else."""
+def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
+    """[0, 1] of '0,1'. Raises ValueError, which names the flag, for anything else."""
     seeds = text.split(",")
     if not all(seed.strip().isdigit() for seed in seeds):
-        raise ValueError(f"--seeds must be numbers such as 0,1,2, got {text!r}.")
+        raise ValueError(f"{flag} must be numbers such as 0,1,2, got {text!r}.")
     return [int(seed) for seed in seeds]
 
 

@@ -58,8 +58,7 @@ class Setup:
     @property
     def tokens(self) -> int | None:
         """How many tokens an example has, where the model's config does not say."""
-        length = self.config.data.get("length")
-        return self.model.context if length is None and self.config.task == "talk" else length
+        return self.config.data.get("length")
 
     def objective(self, plan: Plan) -> Objective:
         """What the task minimises and measures, under a plan and without a teacher."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokred.data.grid_questions import evidence_patches
 from tokred.plan import Layout
 from tokred.report import Call, Report
 from tokred.train.losses import Batch, Parts
@@ -51,9 +52,6 @@ class TalkObjective(TokenObjective):
             question=inputs.question,
         )
 
-    def finite(self, batch: Batch) -> Bool[Array, ""]:
-        return jnp.isfinite(batch["image"]).all()
-
     def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
         """What `count_targets` gives, and over examples: 'examples', those whose whole answer is
         'exact', both for every kind of question, and 'recall' where evidence is known."""
@@ -89,12 +87,9 @@ def _recall(
     report: Report, evidence: Bool[Array, "B I rows cols"], layout: Layout
 ) -> Float[Array, " B"]:
     """How much of the patches with evidence the vision model lets out, see `relevance_recall`."""
-    tokens = report.parts["vision"].tokens
-    h, w = layout.grid
-    rows, cols = evidence.shape[-2:]
-    patches = evidence.repeat(h // rows, axis=-2).repeat(w // cols, axis=-1)
-    patches = patches.reshape(-1, h * w)
-    source = tokens.sources()[:, layout.prefix :]
+    patches = evidence_patches(evidence, layout.grid)
+    patches = jnp.pad(patches.reshape(-1, patches.shape[-1]), ((0, 0), (layout.prefix, 0)))
+    source = report.parts["vision"].tokens.sources()
     found = relevance_recall([source], patches).reshape(evidence.shape[:2])
     shown = evidence.any((-2, -1))
     return (found * shown).sum(-1) / jnp.maximum(shown.sum(-1), 1)
