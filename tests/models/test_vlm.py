@@ -152,6 +152,12 @@ def test_connectors_that_read_the_text_read_no_answers():
         run(model, plan)
 
 
+def test_the_same_connector_without_the_text_needs_no_question():
+    plan = vision_plan("quecc", window=4, levels=(1, 2), heads=2, conditioned=False)
+    logits, _ = run(build(plan), plan)
+    assert jnp.isfinite(logits).all()
+
+
 def test_absent_images_leave_no_trace():
     model = build()
     ids, given = IDS.at[1, 0].set(6), jnp.asarray([[True, True], [True, False]])

@@ -32,11 +32,11 @@ class Lines(RunLog):
         self.losses.append(numbers["loss"])
 
 
-def curve(request, mesh, *more):
-    """Losses of the first STEPS steps of the digits recipe."""
+def curve(request, mesh, *more, recipe="digits_dense.py", steps=STEPS):
+    """Losses of the first steps of a recipe."""
     count, shape, axes = MESHES[mesh]
-    overrides = [f"train.steps={STEPS}", "rates.steps=0", "data.threads=0", *more]
-    config = load_config(str(request.config.rootpath / "configs/digits_dense.py"), overrides)
+    overrides = [f"train.steps={steps}", "rates.steps=0", "data.threads=0", *more]
+    config = load_config(str(request.config.rootpath / "configs" / recipe), overrides)
     config.mesh.update({"shape": shape, "axes": axes})
     setup = make_setup(config, jax.devices()[:count])
     inputs, log = make_inputs(config, setup.model, setup.mesh), Lines()
@@ -67,6 +67,13 @@ def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
 def test_nor_on_the_parts_of_the_batch(request, alone):
     losses = curve(request, "8", "optimizer.accumulate=2")
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+
+
+def test_nor_does_that_of_lengths_that_take_turns(request):
+    """The same length is drawn everywhere, whatever the mesh."""
+    how = {"recipe": "grid_mqt.py:smoke", "steps": 4}
+    one, all_ = (curve(request, mesh, "train.each=(1, 8)", **how) for mesh in ("1", "2x2x2"))
+    np.testing.assert_allclose(one, all_, rtol=0, atol=1e-5)
 
 
 def test_weights_are_born_in_parts(request):

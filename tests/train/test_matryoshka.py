@@ -16,7 +16,7 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
     found = {
         name: (config, asked) for name, config, asked in models(RECIPE, QUIET, (1, 4), ["pooling"])
     }
-    assert list(found) == ["mqt", "mqt only 1", "mqt only 4", "pooling"]
+    assert list(found) == ["mqt", "mqt only 1", "mqt only 4", "pooling", *matryoshka.CONDITIONED]
     nested, asked = found["mqt"]
     assert tuple(nested.train.each) == (1, 4) and nested.train.vary == "length"
     assert [options["length"] for options in asked] == [1, 4]
@@ -26,6 +26,11 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
     pooled, asked = found["pooling"]
     assert pooled.train.vary == "keep" and tuple(pooled.train.each) == (1 / 64, 4 / 64)
     assert asked[1] == {"keep": 4 / 64, "site": "output"}
+    told = [found[name][0].train for name in matryoshka.CONDITIONED]
+    assert [train.options.conditioned for train in told] == [True, False]
+    assert all(
+        (train.method, train.vary, train.options.keep) == ("quecc", "", 1 / 64) for train in told
+    )
 
 
 @pytest.mark.slow
@@ -38,7 +43,7 @@ def test_a_study_writes_rows_for_every_length(tmp_path: Path):
     asked = [(row["model"], row["tokens"]) for row in rows]
     assert asked == [
         ("mqt", 1), ("mqt", 4), ("mqt only 1", 1), ("mqt only 4", 4), ("uniform", 1),
-        ("uniform", 4),
+        ("uniform", 4), *((name, 1) for name in matryoshka.CONDITIONED),
     ]  # fmt: skip
     assert all(0 <= row["exact"] <= 1 for row in rows)
     assert (tmp_path / "lengths.png").exists()

@@ -14,6 +14,7 @@ from tokred.train.optimizer import (
     make_optimizer,
     make_schedule,
     scale_by_layer,
+    scale_by_name,
     update_ema,
 )
 
@@ -112,6 +113,25 @@ def test_layer_decay_counts_only_what_trains():
     assert [float(scaled[name][0]) for name in some] == [0.5**4, 0.5, 1.0]
     scaled = by_layer(0.5, {"reductions/mid_1/prune": jnp.ones(2)})
     np.testing.assert_array_equal(scaled["reductions/mid_1/prune"], 1.0)
+
+
+def test_the_first_pattern_that_is_found_scales_an_update():
+    tx: Any = scale_by_name((("relative", 20.0), ("decoder", 3.0)))
+    names = ("encoder/relative/table", "decoder/relative/table", "decoder/bias", "encoder/bias")
+    some = {name: jnp.ones(2, jnp.bfloat16) for name in names}
+    scaled, _ = tx.update(some, tx.init(some), some)
+    assert [float(scaled[name][0]) for name in names] == [20.0, 20.0, 3.0, 1.0]
+    assert {a.dtype for a in scaled.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_scales_act_on_a_whole_step():
+    changes = []
+    for scales in ((), ((r"^blocks/0/", 5.0),)):
+        tx: Any = make_optimizer(**OPTIMIZER, scales=scales)
+        changes.append(tx.update(arrays(0), tx.init(arrays(0)), arrays(0))[0])
+    for name, update in changes[0].items():
+        wanted = update * (5.0 if name.startswith("blocks/0/") else 1.0)
+        np.testing.assert_allclose(changes[1][name], wanted, rtol=1e-6, err_msg=name)
 
 
 def test_layer_decay_keeps_dtype_and_adds_no_state():

@@ -14,8 +14,10 @@ from tokred.methods import make_plan
 from tokred.models import VLM, DecoderConfig, ViTConfig, VLMConfig
 from tokred.report import Call
 from tokred.train.config import load_config
-from tokred.train.job import run_job
+from tokred.train.inputs import make_inputs
+from tokred.train.job import run_job, train
 from tokred.train.setup import make_setup
+from tokred.train.start import starting_weights
 from tokred.train.talk import TalkObjective
 
 RECIPES = Path(__file__).parents[2] / "configs"
@@ -48,10 +50,17 @@ def test_sums_count_answers_by_kind_and_evidence_that_is_left():
     scores = objective.scores(share)
     assert scores["accuracy"] == scores["exact"] == 1.0
     asked = {KINDS[k] for k in np.unique(batch["kind"])}
-    assert {n.removeprefix("exact_") for n in scores if n.startswith("exact_")} == asked
+    groups = asked | {"top", "bottom"}
+    assert {n.removeprefix("exact_") for n in scores if n.startswith("exact_")} == groups
     cells = np.asarray(batch["evidence"])[:, 0]  # the first half of the patches: the upper cells
     want = (cells[:, 0].sum(-1) / cells.sum((1, 2))).mean()
     assert scores["recall"] == pytest.approx(want, rel=1e-5)
+    top = np.logical_not(cells[:, 1].any(-1))
+    assert float(sums["asked_top"]) == top.sum()
+    only = jnp.where(jnp.asarray(top)[:, None, None], perfect, 0)
+    sums = objective.sums(only, report, batch, CONFIG.layout)
+    assert float(sums["exact_top"]) == float(sums["asked_top"])
+    assert float(sums["exact_bottom"]) == 0
     wrong = jnp.roll(perfect, 1, axis=-1)
     assert float(objective.sums(wrong, report, batch, CONFIG.layout)["exact"]) == 0
 
@@ -67,12 +76,29 @@ def test_answers_alone_are_learned():
 
 
 @pytest.mark.slow
-def test_a_matryoshka_job_runs_and_aligns_first(tmp_path: Path):
-    changes = (*QUIET, "train.each=(1, 4)", "align.steps=2", "evaluate.methods=()")
+def test_a_matryoshka_job_goes_on_from_a_dense_one_and_aligns_first(tmp_path: Path):
+    run_job(load_config(str(RECIPES / "grid_dense.py:smoke"), QUIET), tmp_path / "dense")
+    changes = (*QUIET, "train.each=(1, 4)", "align.steps=2", f"start_from={tmp_path / 'dense'}")
     config = load_config(str(RECIPES / "grid_mqt.py:smoke"), changes)
-    rows = run_job(config, tmp_path)
+    rows = run_job(config, tmp_path / "mqt")
     assert {row["method"] for row in rows} == {"dense", "mqt"}
     assert all(0 <= row["exact"] <= 1 for row in rows)
+
+
+def test_a_part_starts_from_a_run_of_its_own(tmp_path: Path):
+    images = load_config(str(RECIPES / "digits_dense.py:smoke"), QUIET)
+    alone = make_setup(images)
+    trained = train(alone, make_inputs(images, alone.model, alone.mesh), tmp_path)
+    config = load_config(str(RECIPES / "grid_mqt.py:smoke"), QUIET)
+    with config.unlocked():
+        config.model.vision.update({**images.model, "classes": 0})
+        config.start_parts.vision = str(tmp_path)
+    setup = make_setup(config)
+    fresh, found = setup.init().params, starting_weights(setup).params
+    for name, value in fresh.items():
+        own = name.removeprefix("vision/")
+        want = value if own == name or "reductions/" in name else trained.params[own]
+        np.testing.assert_array_equal(found[name], want, err_msg=name)
 
 
 def test_the_first_stage_trains_the_connector_alone():

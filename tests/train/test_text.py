@@ -94,8 +94,8 @@ def test_diagnostics_run_too(tmp_path: Path):
 
 
 def test_recipes_at_equal_compute():
-    names = ("lm_bytes_dense", "lm_bytes_mod", "lm_bytes_mod_random", "lm_bytes_pmod")
-    configs = at_equal_macs([str(RECIPES / f"{name}.py") for name in names], ())
+    kinds = ("dense", "mod", "mod_random", "pmod", "hnet")
+    configs = at_equal_macs([str(RECIPES / f"lm_bytes_{kind}.py") for kind in kinds], ())
     spent = [step_macs(config) * config.train.steps for config in configs]
     np.testing.assert_allclose(spent, spent[0], rtol=1e-3)
     assert all(config.train.steps > configs[0].train.steps for config in configs[1:])

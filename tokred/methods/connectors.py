@@ -131,18 +131,21 @@ def quecc(
     levels: tuple[int, ...] | None = None,
     heads: int = 8,
     text_width: int | None = None,
+    conditioned: bool = True,
 ) -> Plan:
     """Cells of the grid, pooled by a convolution and told the question, look at their windows.
 
     The question is one vector, given as 'text': officially the last hidden state that the language
     model itself reads of it, without a gradient. text_width: its channels, default the model's
-    width. Other options as in tokenpacker. locuslab/llava-token-compression.
+    width. conditioned=False: nothing is told, for comparison. Other options as in tokenpacker.
+    locuslab/llava-token-compression.
     """
     levels = levels_of(layout, LEVELS) if levels is None else levels
     shape = ResamplerShape(
         layout.width, heads, queries="conv", region="window",
         window=window or window_of("quecc", layout, keep), source=f"{MLP} norm", key=f"{MLP} norm",
-        value=f"{MLP} norm", text="linear norm", text_width=text_width or layout.width,
+        value=f"{MLP} norm", text="linear norm" if conditioned else None,
+        text_width=text_width or layout.width,
     )  # fmt: skip
     return connector("quecc", layout, shape, levels)
 

@@ -25,7 +25,18 @@ from tokred.train.start import starting_weights
 from tokred.train.state import State, Weights, result
 
 # What may not change midway; mesh, log, checkpoint and evaluate may.
-TRAINS = ("seed", "start_from", "model", "data", "train", "optimizer", "loss", "distill", "rates")
+TRAINS = (
+    "seed",
+    "start_from",
+    "start_parts",
+    "model",
+    "data",
+    "train",
+    "optimizer",
+    "loss",
+    "distill",
+    "rates",
+)
 FREE_FIELDS = ("data.eval_batch", "data.threads", "data.data_dir", "data.placements")
 
 

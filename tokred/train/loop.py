@@ -53,6 +53,8 @@ class Stage:
 
     def init(self, weights: Weights, key: PRNGKeyArray) -> State:
         """The state at the stage's step 0; pure."""
+        for pattern, _ in self.optimizer.get("scales", ()):
+            select_names(weights.params, pattern, "config.optimizer.scales")
         return init_state(
             weights,
             self.make_optimizer(),

@@ -4,7 +4,8 @@ python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
 
 Trains on questions about grids of digits: Matryoshka queries whose length is drawn for every step,
 queries of one fixed length for each of --lengths, and average pooling, uniform and random tokens
-whose number is drawn likewise; answers with every length. Writes DIR/results.json and
+whose number is drawn likewise; answers with every length. Beside them a connector of one token that
+is told the question (QueCC), and the same without it. Writes DIR/results.json and
 DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds. A run that
 is finished is only evaluated again.
 """
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 RECIPE = "configs/grid_mqt.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
+CONDITIONED = {"quecc": True, "quecc without the question": False}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,6 +81,9 @@ def models(
         keeps = tuple(share["keep"] for share in shares)
         how = {"method": name, "options": {"site": "output"}, "vary": "keep", "each": keeps}
         yield name, config_of(**how), shares
+    for name, conditioned in CONDITIONED.items():
+        options = {"keep": 1 / whole, "conditioned": conditioned}
+        yield name, config_of(method="quecc", options=options, vary="", each=()), [options]
 
 
 def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, Any]]) -> list[Row]:

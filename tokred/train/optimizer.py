@@ -3,7 +3,8 @@
 Parameters are flat dicts of arrays by path, such as 'blocks/0/attn/query/kernel'.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,12 +31,13 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     layer_decay: float = 1.0,
+    scales: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm; the rate warms up from 0, then falls or stays.
 
     All static. warmup: share of `steps`. schedule: 'cosine' | 'linear' | 'constant'. end: the final
     rate as a share of `lr`, where it falls. clip: 0 for none. layer_decay: see `scale_by_layer`, 1
-    for none.
+    for none. scales: see `scale_by_name`.
 
     Raises:
       ValueError: a field out of its range.
@@ -53,6 +55,8 @@ def make_optimizer(
     chain.append(optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays))
     if layer_decay < 1:
         chain.append(scale_by_layer(layer_decay))
+    if scales:
+        chain.append(scale_by_name(scales))
     return optax.chain(*chain)
 
 
@@ -99,6 +103,22 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
 
     def scale(updates: Any, params: Any) -> Arrays:
         return {name: updates[name] * decay**far for name, far in _distances(updates).items()}
+
+    return optax.stateless(scale)
+
+
+def scale_by_name(scales: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Updates times the factor of the first regular expression that is found in their path.
+
+    Adam moves every number by about the rate, whatever its size: few but large ones, such as T5's
+    relative biases, need a larger rate. No state.
+    """
+
+    def factor(name: str) -> float:
+        return next((by for pattern, by in scales if re.search(pattern, name)), 1.0)
+
+    def scale(updates: Any, params: Any) -> Arrays:
+        return {name: update * factor(name) for name, update in updates.items()}
 
     return optax.stateless(scale)
 

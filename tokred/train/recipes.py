@@ -18,11 +18,12 @@ def span_config() -> Config:
     """What the recipes on corrupted bytes share: a small encoder-decoder on the same sources."""
     config = default_config("seq2seq")
     config.model.update({"width": 96, "depth": 4, "decoder_depth": 2, "heads": 3, "head_dim": 32})
-    config.model.update({"hidden": 256, "context": 128, "target_context": 80, "sink": True})
+    config.model.update({"hidden": 256, "context": 64, "target_context": 48, "sink": True})
     config.data.options = {"mean_span": 3.0, "density": 0.3}
-    config.data.update({"length": 128, "batch": 32, "eval_batch": 32, "eval_rows": 1024})
-    config.train.steps = 6000
+    config.data.update({"length": 64, "batch": 48, "eval_batch": 64, "eval_rows": 2048})
+    config.train.steps = 3000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
+    config.optimizer.scales = (("/relative/", 20.0),)
     return config
 
 

@@ -13,42 +13,54 @@ EXPORTED = {"seq2seq": T5}  # rules by task
 
 
 def starting_weights(setup: Setup) -> Weights:
-    """Fresh weights, or those of config.start_from with fresh reductions: the workdir of a finished
-    run, or a directory with model.safetensors and config.json.
+    """Fresh weights, or those of config.start_from, then of config.start_parts, with fresh
+    reductions: the workdir of a finished run, or a directory with model.safetensors and
+    config.json.
 
     Raises:
       ValueError: weights of another model, or of one whose attention has another softmax.
       FileNotFoundError: neither is there.
     """
-    fresh, start = setup.init(), setup.config.start_from
-    if start is None:
-        return fresh
-    if is_exported(start):
-        return Weights({**fresh.params, **_exported(setup)}, fresh.rest)
+    fresh, config = setup.init(), setup.config
+    params = dict(fresh.params)
+    for part, start in {"": config.start_from, **config.start_parts}.items():
+        if start is not None:
+            own = part and f"{part}/"
+            wanted = {k.removeprefix(own): v for k, v in params.items() if k.startswith(own)}
+            read = _exported if is_exported(start) else _finished
+            params |= {own + k: v for k, v in read(setup, part, start, wanted).items()}
+    return Weights(params, fresh.rest)
+
+
+def _finished(setup: Setup, part: str, start: str, params: Arrays) -> Arrays:
     with Checkpoints(start, create=False) as checkpoints:
         stored = checkpoints.about()["config"]
-        _require_same_softmax(setup.config, stored["model"].get("sink"))
-        found = checkpoints.weights(fresh.params, setup.mesh, _is_reduction)
-    return Weights({**fresh.params, **found}, fresh.rest)
+        if not part:
+            _require_same_softmax(setup.config, stored["model"].get("sink"))
+        return checkpoints.weights(params, setup.mesh, _is_own if part else _is_reduction)
 
 
-def _exported(setup: Setup) -> Arrays:
-    config = setup.config
-    if config.task not in EXPORTED:
+def _exported(setup: Setup, part: str, start: str, params: Arrays) -> Arrays:
+    config, kind = setup.config, part or setup.config.task
+    if kind not in EXPORTED:
         raise ValueError(
-            f"config.start_from={str(config.start_from)!r} holds exported weights, which models of "
-            f"config.task={config.task!r} cannot read; use one of {list(EXPORTED)}."
+            f"{str(start)!r}, in config.start_{'parts' if part else 'from'}, holds exported "
+            f"weights, which models of {kind!r} cannot read; use one of {list(EXPORTED)}."
         )
-    settings: Mapping[str, Any] = read_settings(config.start_from)
+    settings: Mapping[str, Any] = read_settings(start)
     if "use_softmax1" in settings:  # plain T5 does not say: MrT5 goes on from it with either
         _require_same_softmax(config, bool(settings["use_softmax1"]))
-    params = setup.shapes.params
-    wanted = {name: shape for name, shape in params.items() if not _is_reduction(name)}
-    return read_params(config.start_from, EXPORTED[config.task], wanted)
+    shapes = {name: setup.shapes.params[name] for name in params if not _is_reduction(name)}
+    return read_params(start, EXPORTED[kind], shapes)
 
 
 def _is_reduction(name: str) -> bool:
-    return name.startswith("reductions/")
+    return "reductions/" in name
+
+
+def _is_own(name: str) -> bool:
+    """What a model has for itself and lacks as a part of another."""
+    return _is_reduction(name) or name.startswith("head/")
 
 
 def _require_same_softmax(config: Config, theirs: bool | None) -> None:

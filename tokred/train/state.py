@@ -73,8 +73,10 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def select_names(params: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
-    """Paths in which the regular expression is found; '' finds all.
+def select_names(
+    params: Mapping[str, Any], pattern: str, field: str = "trainable"
+) -> tuple[str, ...]:
+    """Paths in which the regular expression, from a config's field, is found; '' finds all.
 
     Raises:
       ValueError: the pattern is no regular expression, or fits no path.
@@ -83,11 +85,11 @@ def select_names(params: Mapping[str, Any], pattern: str) -> tuple[str, ...]:
         found = tuple(name for name in params if re.search(pattern, name))
     except re.error as error:
         raise ValueError(
-            f"trainable={pattern!r} is no regular expression ({error}); correct the pattern."
+            f"{field}={pattern!r} is no regular expression ({error}); correct the pattern."
         ) from None
     if not found:
         raise ValueError(
-            f"trainable={pattern!r} fits none of {len(params)} parameters such as "
+            f"{field}={pattern!r} fits none of {len(params)} parameters such as "
             f"{next(iter(params), 'none')!r}; change the pattern."
         )
     return found

@@ -14,6 +14,8 @@ from tokred.train.losses import Batch, Parts
 from tokred.train.metrics import relevance_recall, told
 from tokred.train.text import TokenObjective, count_targets
 
+HALVES = ("top", "bottom")
+
 
 class Talk(NamedTuple):
     """What a vision-language model reads of a batch."""
@@ -54,24 +56,25 @@ class TalkObjective(TokenObjective):
 
     def sums(self, logits: Array, report: Report, batch: Batch, layout: Layout) -> Parts:
         """What `count_targets` gives, and over examples: 'examples', those whose whole answer is
-        'exact', both for every kind of question, and 'recall' where evidence is known."""
+        'exact', both for every group of `_groups`, and 'recall' where evidence is known."""
         sums, right, rows = count_targets(logits, batch)
         whole = (right | (batch["weight"] == 0)).all(-1) & rows
         sums |= {"examples": rows.sum() * 1.0, "exact": whole.sum() * 1.0}
-        for number, name in enumerate(self.kinds if "kind" in batch else ()):
-            mine = (batch["kind"] == number) & rows
+        for name, group in self._groups(batch).items():
+            mine = group & rows
             sums |= {f"asked_{name}": mine.sum() * 1.0, f"exact_{name}": (mine & whole).sum() * 1.0}
         if "evidence" in batch:
             sums["recall"] = (_recall(report, batch["evidence"], layout) * rows).sum()
         return sums | {name: sums["count"] * value for name, value in told(report).items()}
 
     def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
-        """accuracy: of tokens of answers · exact: of whole answers, also by kind · loss: nats per
-        token · recall: of the evidence, what reaches the decoder."""
+        """accuracy: of tokens of answers · exact: of whole answers, also by kind and by where
+        in the image the evidence lies · loss: nats per token · recall: of the evidence, what
+        reaches the decoder."""
         per_example = lambda name: share[name] / share["examples"] if name in share else None  # noqa: E731
-        kinds = {
-            f"exact_{name}": share[f"exact_{name}"] / max(share[f"asked_{name}"], 1e-9)
-            for name in self.kinds
+        groups = {
+            f"exact_{name}": share[f"exact_{name}"] / share[f"asked_{name}"]
+            for name in (*self.kinds, *HALVES)
             if share.get(f"asked_{name}")
         }
         return {
@@ -79,8 +82,20 @@ class TalkObjective(TokenObjective):
             "loss": share["loss"],
             "exact": per_example("exact"),
             "recall": per_example("recall"),
-            **kinds,
+            **groups,
         }
+
+    def _groups(self, batch: Batch) -> dict[str, Bool[Array, " B"]]:
+        """Examples by kind of question, and those whose evidence lies in one half of the image
+        alone: what reads the image's end better than its beginning is biased (FEATHER 2024)."""
+        groups = {}
+        if "kind" in batch:
+            groups = {name: batch["kind"] == number for number, name in enumerate(self.kinds)}
+        if "evidence" in batch:
+            halves = jnp.array_split(batch["evidence"].any(1), 2, axis=1)
+            upper, lower = (half.any((1, 2)) for half in halves)
+            groups |= dict(zip(HALVES, (upper & ~lower, lower & ~upper), strict=True))
+        return groups
 
 
 def _recall(

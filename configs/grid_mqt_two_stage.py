@@ -1,0 +1,19 @@
+"""Matryoshka queries in a model that has been trained with all tokens: first the connector learns,
+then everything.
+
+python train.py --config=configs/grid_mqt_two_stage.py --workdir=runs/grid_mqt_two_stage \\
+  --config.start_from=runs/grid_dense  # or start_parts.vision, start_parts.decoder
+"""
+
+from tokred.train.config import Config, finish
+from tokred.train.recipes import grid_config
+
+
+def get_config(arg: str = "") -> Config:
+    config = grid_config()
+    config.train.method, config.train.vary = "mqt", "length"
+    config.train.each = (1, 2, 4, 8, 16, 32, 64)
+    config.train.options = {"look": "tokens"}
+    config.align.steps, config.train.steps = 300, 1000
+    config.optimizer.lr = 1e-3
+    return finish(config, arg)
