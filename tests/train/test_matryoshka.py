@@ -8,7 +8,8 @@ import pytest
 from tokred.train import matryoshka
 from tokred.train.matryoshka import models
 
-RECIPE = str(Path(__file__).parents[2] / "configs" / "grid_mqt.py") + ":smoke"
+RECIPE = str(Path(__file__).parents[2] / "configs" / "grid_mqt_two_stage.py") + ":smoke"
+START = RECIPE.replace("mqt_two_stage", "dense")
 QUIET = ["log.progress=False", "log.tensorboard=False"]
 
 
@@ -36,13 +37,13 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
 @pytest.mark.slow
 def test_a_study_writes_rows_for_every_length(tmp_path: Path):
     matryoshka.main([
-        f"--config={RECIPE}", f"--workdir={tmp_path}", "--seeds=0", "--lengths=1,4",
-        "--baselines=uniform", *(f"--config.{change}" for change in QUIET),
+        f"--config={RECIPE}", f"--start={START}", f"--workdir={tmp_path}", "--seeds=0",
+        "--lengths=1,4", "--baselines=uniform", *(f"--config.{change}" for change in QUIET),
     ])  # fmt: skip
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     asked = [(row["model"], row["tokens"]) for row in rows]
     assert asked == [
-        ("mqt", 1), ("mqt", 4), ("mqt only 1", 1), ("mqt only 4", 4), ("uniform", 1),
+        ("dense", 64), ("mqt", 1), ("mqt", 4), ("mqt only 1", 1), ("mqt only 4", 4), ("uniform", 1),
         ("uniform", 4), *((name, 1) for name in matryoshka.CONDITIONED),
     ]  # fmt: skip
     assert all(0 <= row["exact"] <= 1 for row in rows)

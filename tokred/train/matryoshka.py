@@ -2,10 +2,11 @@
 
 python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
 
-Trains on questions about grids of digits: Matryoshka queries whose length is drawn for every step,
-queries of one fixed length for each of --lengths, and average pooling, uniform and random tokens
-whose number is drawn likewise; answers with every length. Beside them a connector of one token that
-is told the question (QueCC), and the same without it. Writes DIR/results.json and
+Trains a model with all tokens on questions about grids of digits (--start), and goes on from it,
+first the connector, then everything (--config): Matryoshka queries whose length is drawn for every
+step, queries of one fixed length for each of --lengths, and average pooling, uniform and random
+tokens whose number is drawn likewise; answers with every length. Beside them a connector of one
+token that is told the question (QueCC), and the same without it. Writes DIR/results.json and
 DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds. A run that
 is finished is only evaluated again.
 """
@@ -26,7 +27,8 @@ from tokred.train.seeds import read_seeds
 from tokred.train.setup import make_setup
 
 Row = dict[str, Any]
-RECIPE = "configs/grid_mqt.py"
+DENSE, ONLY = "dense", "mqt only"
+RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
 CONDITIONED = {"quecc": True, "quecc without the question": False}
@@ -36,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains every model under every seed and asks it with every length."""
     parser = Arguments(description=__doc__)
     parser.add_argument("--config", default=RECIPE, help="the recipe of the Matryoshka model")
+    parser.add_argument("--start", default=START, help="the recipe of the model to go on from")
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, separated by commas")
     parser.add_argument("--lengths", default=LENGTHS, help="tokens, separated by commas")
@@ -47,8 +50,10 @@ def main(argv: Sequence[str]) -> None:
     rows: list[Row] = []
     for seed in read_seeds(args.seeds):
         names = [name for name in args.baselines.split(",") if name]
-        for name, config, asked in models(args.config, overrides, lengths, names):
-            config.seed = seed
+        start = args.workdir / DENSE / f"seed_{seed}"
+        dense = (DENSE, load_config(args.start, overrides), [{}])
+        for name, config, asked in (dense, *models(args.config, overrides, lengths, names)):
+            config.seed, config.start_from = seed, None if name == DENSE else str(start)
             rows += answer(name, config, args.workdir / name / f"seed_{seed}", asked)
             write(rows, args.workdir)
     print(viz.format_table(rows, COLUMNS))
@@ -75,7 +80,7 @@ def models(
     yield "mqt", config_of(each=tuple(lengths)), nested
     for options in nested:
         fixed = config_of(vary="", each=(), options=options)
-        yield f"mqt only {options['length']}", fixed, [options]
+        yield f"{ONLY} {options['length']}", fixed, [options]
     for name in baselines:
         shares = [{"keep": m / whole, "site": "output"} for m in lengths]
         keeps = tuple(share["keep"] for share in shares)
@@ -96,6 +101,7 @@ def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, A
         plan = make_plan(config.train.method, setup.layout, **options)
         tokens = setup.model.image_tokens(plan)
         row = {"method": f"{name}: {tokens}", "model": name, "tokens": tokens, "seed": config.seed}
+        row["line"] = "a model for each" if name.startswith(ONLY) else name
         row |= make_evaluator(setup, inputs, plan)(weights)
         rows.append({**row, "macs_ratio": macs_ratio(setup, plan)})
     return rows

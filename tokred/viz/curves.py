@@ -43,25 +43,18 @@ def plot_curves(rows: Sequence[Row], path: str | PathLike) -> None:
 
 
 def plot_lengths(rows: Sequence[Row], path: str | PathLike) -> None:
-    """Share of right answers over the number of visual tokens, one line per model, written to
-    `path`; models of a single number are joined into one line, 'a model for each'.
+    """Share of right answers over the number of visual tokens, written to `path`.
 
-    rows: with 'model', 'tokens', 'seed' and 'exact' in [0, 1].
+    rows: with 'line' (the name of the curve), 'tokens', 'seed' and 'exact' in [0, 1].
 
     Raises:
       ValueError: no rows.
     """
     if not rows:
         raise ValueError("rows are empty: train a model first.")
-    counts = {
-        row["model"]: {r["tokens"] for r in rows if r["model"] == row["model"]} for row in rows
-    }
-    single = len(max(counts.values(), key=len)) > 1
-    alone = lambda model: single and len(counts[model]) == 1  # noqa: E731
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        name = "a model for each" if alone(row["model"]) else row["model"]
-        lines.setdefault(name, []).append(row)
+        lines.setdefault(row["line"], []).append(row)
     figure = new_figure(7, 4.6)
     panel = figure.subplots()
     for number, (name, group) in enumerate(lines.items()):
