@@ -1,4 +1,4 @@
-"""MrT5 from a trained model: a gate learns to delete half of the bytes after one of four layers.
+"""MrT5 from a trained model: a gate learns to delete half of the bytes after two of four layers.
 
 python train.py --config=configs/mrt5_bytes.py --workdir=runs/mrt5_bytes \\
   --config.start_from=runs/mrt5_bytes_pretrain
@@ -11,5 +11,6 @@ from tokred.train.recipes import continued_config
 def get_config(arg: str = "") -> Config:
     config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "capacity": 0.6, "layer": 1, "two_sided": True}
+    config.train.options = {"keep": 0.5, "capacity": 0.75, "layer": 2}
+    config.train.options.update({"proportional": 0.1, "two_sided": True})
     return finish(config, arg)

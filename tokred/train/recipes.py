@@ -30,6 +30,7 @@ def span_config() -> Config:
 def continued_config() -> Config:
     """What the recipes that go on from a model of `span_config` share; set start_from."""
     config = span_config()
+    config.data.options.density = 0.15
     config.train.steps = 500
     config.optimizer.update({"lr": 5e-4, "schedule": "linear", "warmup": 0.0, "end": 0.0})
     config.log.every = 25
