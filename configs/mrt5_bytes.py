@@ -11,6 +11,5 @@ from tokred.train.recipes import continued_config
 def get_config(arg: str = "") -> Config:
     config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "capacity": 0.75, "layer": 2}
-    config.train.options.update({"proportional": 0.1, "two_sided": True})
+    config.train.options = {"keep": 0.5, "capacity": 0.75, "layer": 2, "two_sided": True}
     return finish(config, arg)

@@ -149,7 +149,7 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path):
     _, weights = restore_setup(tmp_path / "run")
     want = split_model(model)[1].params
     assert set(weights.params) - set(want) == {
-        f"reductions/before_1/{name}" for name in ("norm/scale", "score/bias", "score/kernel")
+        f"reductions/before_2/{name}" for name in ("norm/scale", "score/bias", "score/kernel")
     }
     for name, array in want.items():
         np.testing.assert_allclose(weights.params[name], array, atol=1e-6)
