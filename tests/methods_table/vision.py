@@ -20,7 +20,7 @@ VISION = (
             "jit_is_no_jit": "it has no reduction",
         },
     ),
-    Row("topk", left=6, easy={"keep": 0.7}, hard=LAST),
+    Row("topk", left=6, easy={"keep": 0.7}, hard=LAST, slow=True),
     Row(
         "random",
         left=6,

@@ -69,6 +69,7 @@ def test_nor_on_the_parts_of_the_batch(request, alone):
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nor_does_that_of_lengths_that_take_turns(request):
     """The same length is drawn everywhere, whatever the mesh."""
     how = {"recipe": "grid_mqt.py:smoke", "steps": 4}

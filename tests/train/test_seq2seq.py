@@ -14,8 +14,11 @@ from tokred.models import EncoderDecoder, EncoderDecoderConfig
 from tokred.report import Call
 from tokred.train import seeds
 from tokred.train.config import load_config
-from tokred.train.job import evaluate_job, run_job
+from tokred.train.inputs import make_inputs
+from tokred.train.job import evaluate_job, run_job, train
 from tokred.train.seq2seq import Seq2SeqObjective
+from tokred.train.setup import make_setup
+from tokred.train.start import starting_weights
 
 RECIPES = Path(__file__).parents[2] / "configs"
 QUIET = ("log.progress=False", "log.tensorboard=False")
@@ -104,13 +107,13 @@ def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
 
 
 def test_weights_of_the_other_softmax_are_refused(tmp_path: Path):
-    config = load_config(recipe("mrt5_bytes_dense"), QUIET)
-    run_job(config, tmp_path / "one")
+    setup = make_setup(load_config(recipe("mrt5_bytes_dense"), QUIET))
+    train(setup, make_inputs(setup.config, setup.model, setup.mesh), tmp_path)
     config = load_config(recipe("mrt5_bytes"), QUIET)
     config.model.sink = False
-    config.start_from = str(tmp_path / "one")
+    config.start_from = str(tmp_path)
     with pytest.raises(ValueError, match=r"model\.sink=True") as error:
-        run_job(config, tmp_path / "two")
+        starting_weights(make_setup(config))
     assert "\n" not in str(error.value)
 
 
@@ -128,6 +131,7 @@ def test_data_that_does_not_fit(field: str, match: str, tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_recipes_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):
     both = ",".join(recipe(name) for name in ("mrt5_bytes_dense", "mrt5_bytes"))
     quiet = [f"--config.{field}" for field in QUIET]
