@@ -75,6 +75,13 @@ def test_table_of_chosen_columns_in_their_order():
     ]
 
 
+def test_groups_of_answers_are_columns_too():
+    rows = [{"method": "mqt", "tokens": 4, "exact_which": share} for share in (0.5, 0.75)]
+    lines = format_table(rows, ("tokens", "exact_which")).splitlines()
+    assert lines[0].split() == ["method", "tokens", "which", "%"]
+    assert lines[2].split() == ["mqt", "4", "62.5", "±", "12.5"]
+
+
 def test_table_reads_only_the_columns_it_shows():
     assert format_table([{"method": "tome", "ms": 1}], ["ms"]).endswith("tome    1.00")
 

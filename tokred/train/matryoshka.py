@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
             config.seed, config.start_from = seed, None if name == DENSE else str(start)
             rows += answer(name, config, args.workdir / name / f"seed_{seed}", asked)
             write(rows, args.workdir)
-    print(viz.format_table(rows, COLUMNS))
+    print(viz.format_table(rows, [name for name in COLUMNS if all(name in row for row in rows)]))
 
 
 COLUMNS = ("tokens", "exact", "macs_ratio", *(f"exact_{kind}" for kind in ("which", "row", "read")))

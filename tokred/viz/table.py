@@ -17,6 +17,7 @@ FIELDS = {
     "deletion_rate": ("deleted %", 100, 1),
     "overflow": ("overflow", 1, 2),
     "padding": ("padding %", 100, 1),
+    "tokens": ("tokens", 1, 0),
     "params": ("params M", 1e-6, 2),
     "steps": ("steps", 1, 0),
     "train_macs": ("training TMACs", 1e-12, 2),
@@ -28,7 +29,7 @@ FIELDS = {
     "decode_ms_1": ("ms/token b1", 1, 2),
     "decode_ms_16": ("ms/token b16", 1, 2),
 }
-NOTHING = "–"
+NOTHING, GROUP = "–", "exact_"
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
@@ -36,7 +37,8 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
 
     rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy',
     'recall' and 'agreement' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio' and others of
-    `FIELDS`. columns: which fields, in which order; default all that the rows have. Seeds become
+    `FIELDS`; 'exact_NAME' is the share of right answers in a group. columns: which fields, in which
+    order; default all of `FIELDS` that the rows have. Seeds become
     mean ± half the range, where they differ; None becomes '–'.
 
     Raises:
@@ -45,12 +47,12 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
     if columns is None:
         columns = [name for name in FIELDS if any(name in row for row in rows)]
     for name in columns:
-        if name not in FIELDS:
+        if name not in FIELDS and not name.startswith(GROUP):
             raise ValueError(
                 f"columns must be among {tuple(FIELDS)}, got {name!r}: change columns."
             )
     groups = group_by_method(rows)
-    head = ["method", *(FIELDS[name][0] for name in columns)]
+    head = ["method", *(_format(name)[0] for name in columns)]
     body = [
         [method, *(_cell(values(group, name), name) for name in columns)]
         for method, group in groups.items()
@@ -96,10 +98,14 @@ def _field(row: Row, name: str) -> Any:
     return row[name]
 
 
+def _format(name: str) -> tuple[str, float, int]:
+    return FIELDS[name] if name in FIELDS else (f"{name.removeprefix(GROUP)} %", 100, 1)
+
+
 def _cell(numbers: Sequence[float], name: str) -> str:
     if not numbers:
         return NOTHING
-    _, factor, digits = FIELDS[name]
+    _, factor, digits = _format(name)
     text = f"{factor * mean(numbers):.{digits}f}"
     spread = factor * (max(numbers) - min(numbers)) / 2
     return f"{text} ± {spread:.{digits}f}" if spread else text
