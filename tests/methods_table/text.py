@@ -90,6 +90,7 @@ TEXT = (
         exact={"targets": 4},
         extra=lambda place, prompt: {"vision": (place >= 0) & (place < 4)},
         exempt=TEXT_ENTERS,
+        slow=True,
     ),
     Row(
         "videollm_mod",
