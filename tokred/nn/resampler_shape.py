@@ -26,9 +26,9 @@ class ResamplerShape:
     region, what a query looks at: 'global' all tokens · 'window' its own window x window cells
     · 'given' keys [*B K P C] by the caller (crop groups) · 'matrix' `bins` bins of its own cell of
     a sqrt(K) x sqrt(K) partition, averaged with weights that only the grid decides (RoI).
-    positions, sincos of a
-    sqrt(K) x sqrt(K) grid, resized to the image's: 'keys', 'both', or 'only': keys are positions
-    alone, and the queries have them before their chain. Values never have them.
+    positions, sincos of a sqrt(K) x sqrt(K) grid, resized to the image's: 'keys', 'both', or
+    'only': keys are positions alone, and the queries have them before their chain. Values never
+    have them.
     source: chain of the tokens that queries are pooled of · query, key, value: chains in front of
     attention · entry: chain of the tokens before key and value · out: chain behind · text: chain
     of a text [*B T] that is added to the tokens that queries are pooled of, or to the queries

@@ -84,3 +84,12 @@ def grid_config() -> Config:
     config.train.steps = 3000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.05})
     return config
+
+
+def nested_config() -> Config:
+    """What the recipes of Matryoshka queries on these questions share: the lengths take turns."""
+    config = grid_config()
+    config.train.method, config.train.vary = "mqt", "length"
+    config.train.each = (1, 2, 4, 8, 16, 32, 64)
+    config.train.options = {"look": "tokens"}
+    return config

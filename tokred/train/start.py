@@ -50,8 +50,8 @@ def _exported(setup: Setup, part: str, start: str, params: Arrays) -> Arrays:
     settings: Mapping[str, Any] = read_settings(start)
     if "use_softmax1" in settings:  # plain T5 does not say: MrT5 goes on from it with either
         _require_same_softmax(config, bool(settings["use_softmax1"]))
-    shapes = {name: setup.shapes.params[name] for name in params if not _is_reduction(name)}
-    return read_params(start, EXPORTED[kind], shapes)
+    wanted = {name: array for name, array in params.items() if not _is_reduction(name)}
+    return read_params(start, EXPORTED[kind], wanted)
 
 
 def _is_reduction(name: str) -> bool:

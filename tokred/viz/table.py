@@ -38,8 +38,8 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> s
     rows: one mapping per method and seed with 'method' and the fields of `columns`: 'accuracy',
     'recall' and 'agreement' as fractions, 'macs', 'macs_ratio', 'ms', 'ms_ratio' and others of
     `FIELDS`; 'exact_NAME' is the share of right answers in a group. columns: which fields, in which
-    order; default all of `FIELDS` that the rows have. Seeds become
-    mean ± half the range, where they differ; None becomes '–'.
+    order; default all of `FIELDS` that the rows have. Seeds become mean ± half the range, where
+    they differ; None becomes '–'.
 
     Raises:
       ValueError: no rows, an unknown column, a missing field, or None for some seeds only.
