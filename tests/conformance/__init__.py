@@ -13,6 +13,7 @@ THEMES = {
     "decoder": TEXT,
     "experts": TEXT,
     "pairs": COMMON,
+    "cache": ("caches",),
 }
 
 pytest.register_assert_rewrite(

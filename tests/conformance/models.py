@@ -151,6 +151,7 @@ MODELS: dict[str, Any] = {
         ViTConfig(image_size=(16, 16), pool="mean", registers=2, **PATCHES),
     ),
     "decoder": _language(),
+    "cache": _language(),
     "experts": _language(experts=3),
     "pairs": Pairs(
         EncoderDecoderConfig(context=15, **PAIR),

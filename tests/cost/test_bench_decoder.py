@@ -85,7 +85,7 @@ def test_skipping_changes_no_token(model):
 
 
 def test_fill_spreads_entries(model):
-    cache = fill(model.make_cache(2, 8), 6, {1: 0.5})
+    cache = fill(model.make_cache(2, 8), 6, [6] * CONFIG.depth, {1: 0.5})
     np.testing.assert_array_equal(cache.layers[1].position[0, 0], [0, 2, 4, -1, -1, -1, -1, -1])
     np.testing.assert_array_equal(cache.layers[0].length, jnp.full((2, 2), 6))
     np.testing.assert_array_equal(cache.seen, [6, 6])
@@ -143,3 +143,15 @@ def test_a_method_without_own_decisions_does_not_decode(monkeypatch):
 def test_solves_for_macs():
     rows = bench_decoder(CONFIG, ["mod"], tokens=16, batch=1, rounds=1, ratio=0.9)
     assert rows[1]["macs_ratio"] <= 0.9
+
+
+def test_an_evicting_cache_costs_what_it_holds(model):
+    plan = make_plan("h2o", CONFIG.layout, budget=4)
+    dense = make_plan("dense", CONFIG.layout)
+    saved = token_macs(model, dense, {}, TOKENS) - token_macs(model, plan, {}, TOKENS)
+    assert saved == CONFIG.depth * 2 * (TOKENS - 4) * CONFIG.pair_macs
+    row = bench_decoder(
+        CONFIG, ("dense", "h2o"), keep=0.5, tokens=TOKENS, batch=2, rounds=1,
+        passes=Passes(decode=True, steps=2),
+    )[-1]  # fmt: skip
+    assert row["pass"] == "decode" and row["used_bytes"] < row["cache_bytes"]

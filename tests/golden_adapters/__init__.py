@@ -11,6 +11,9 @@ from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
 from tests.golden_adapters.gates import GATES
+from tests.golden_adapters.kv import KV
+from tests.golden_adapters.kv_storage import KV_STORAGE
+from tests.golden_adapters.kv_traces import KV_TRACES
 from tests.golden_adapters.nested import NESTED
 from tests.golden_adapters.resamplers import RESAMPLERS
 from tests.golden_adapters.slicing import SLICING
@@ -41,5 +44,6 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
         **SLICING["connectors"],
     },
     "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
+    "kv": {**KV, **KV_STORAGE, **KV_TRACES},
     "vit": VIT,
 }

@@ -16,9 +16,9 @@ from tokred.methods.m3 import m3
 from tokred.methods.pixel_shuffle import PixelShuffle
 from tokred.methods.tokenflex import TokenFlex
 from tokred.nn.locality import pool_regions
-from tokred.nn.rotary import rotate
 from tokred.plan import Layout, Reduction
 from tokred.positions import v2pe_positions
+from tokred.rotary import rotate
 from tokred.tokens import Tokens
 
 # Official name -> ours, in the C-Abstractor.

@@ -5,15 +5,16 @@ A new method gets a row here and inherits all of `tests/conformance`. Of model '
 so has 'vit_mean', which looks at the mean of its patches; 'vit_grid' and 'vit_square' are the same
 with 4 x 6 and 3 x 3 patches in 'odd'. Of 'decoder' and 'experts', which has a mixture of them,
 'odd' has 15 tokens, 'even' 16 and windows of 6. 'pairs' is an encoder-decoder with sources of 15
-and 16 tokens, 'even' with sinks. All have 4 layers.
+and 16 tokens, 'even' with sinks. All have 4 layers. 'cache' is 'decoder', going on from prompts.
 """
 
+from tests.methods_table.caches import CACHES
 from tests.methods_table.connectors import CONNECTORS
 from tests.methods_table.row import NO_TWIN, Extra, Options, Row
 from tests.methods_table.text import TEXT, phases
 from tests.methods_table.vision import VISION
 
-ROWS = (*VISION, *CONNECTORS, *TEXT)
+ROWS = (*VISION, *CONNECTORS, *TEXT, *CACHES)
 # What needs a text or several images beside its tokens, and where it is tested instead.
 ELSEWHERE = {
     "quecc": "models/test_vlm.py",

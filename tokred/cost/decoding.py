@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tokred.cache import KVCache
+from tokred.cache import KVCache, cache_reduction
 from tokred.cost.bench import Candidate, Row, split, time_rows
 from tokred.cost.compiled import Compiled, compile_cost
 from tokred.maps import Keep
-from tokred.models import Decoder, DecoderConfig
+from tokred.models import Decoder
 from tokred.plan import AROUND, Ask, Layout, Plan, Reduction, Site
 from tokred.report import Call
 from tokred.tokens import move
@@ -82,7 +82,8 @@ def decode_rows(
     """Rows of the passes 'decode' and 'decode, skip', see `bench_decoder`."""
     runs = {}
     for name, (model, plan) in models.items():
-        for skip in (False, True) if plan.steps else (False,):
+        routed = any(site.kind in AROUND for site, _ in plan.steps)
+        for skip in (False, True) if routed else (False,):
             runs[name, skip] = Decoding.make(model, plan, tokens, batch, steps, share, key, skip)
     times = time_rows({n: Candidate(run.cost, run) for n, run in runs.items()}, rounds, warmup=1)
     return [
@@ -114,7 +115,7 @@ class Decoding:
         key: Array, skip: bool,
     ) -> "Decoding":  # fmt: skip
         plan = drawn(plan, share)
-        cache = model.make_cache(batch, tokens, plan=plan)
+        cache = model.make_cache(batch, tokens, plan=plan, prompt=tokens - steps)
         f, params, rest = decode_steps(model, plan, tokens, steps, share, skip)
         cost = compile_cost(f, cache, params, rest, key, donate=(0,))
         return cls(cost, (params, rest, key), cache)
@@ -127,7 +128,7 @@ class Decoding:
     def facts(self) -> dict[str, Any]:
         """share, cache_bytes and used_bytes."""
         held = sum(int(c.length.sum()) for c in self.cache.layers)
-        slots = sum(c.length.size * c.capacity for c in self.cache.layers)
+        slots = sum(c.position.size for c in self.cache.layers)
         shares = self.shares.values()
         return {
             "share": sum(shares) / len(shares) if shares else None,
@@ -142,6 +143,11 @@ def decode_steps(
     """(f, params, rest): f(cache, params, rest, key) reads the likeliest token `steps` times and
     gives (cache, ids [steps B], by site the share of tokens that entered)."""
     merge, params, rest = split(model, plan)
+    reduction, depth, count = cache_reduction(plan), model.config.depth, tokens - steps
+    held = [
+        count if reduction is None else reduction.held(count, layer, depth)
+        for layer in range(depth)
+    ]
     entries = {
         layer: share
         for site, r in plan.steps
@@ -161,7 +167,7 @@ def decode_steps(
             ids = logits.argmax(-1).astype(jnp.int32)
             return (ids, cache), (ids[:, 0], entered)
 
-        cache = fill(cache, tokens - steps, entries)
+        cache = fill(cache, count, held, entries)
         ids = jnp.zeros((*cache.seen.shape, 1), jnp.int32)
         (_, cache), (ids, entered) = jax.lax.scan(step, (ids, cache), jnp.arange(steps))
         return cache, ids, jax.tree.map(jnp.mean, entered)
@@ -169,20 +175,19 @@ def decode_steps(
     return f, params, rest
 
 
-def fill(cache: KVCache, count: int, shares: Mapping[int, float]) -> KVCache:
-    """The cache as if `count` tokens had been seen; shares: of those with an entry, by layer, 1 by
-    default. What the entries hold stays as it is."""
+def fill(cache: KVCache, count: int, held: Sequence[int], shares: Mapping[int, float]) -> KVCache:
+    """The cache as if `count` tokens had been seen, of which each layer holds so many; shares: of
+    those with an entry, by layer, 1 by default. What the entries hold stays as it is."""
 
     def one(layer: int, slots: Any) -> Any:
-        share = shares.get(layer, 1.0)
-        held = min(slots.capacity, round(share * count))
-        place = jnp.arange(slots.capacity, dtype=jnp.float32)
+        capacity = slots.position.shape[-1]
+        held_here = min(capacity, round(shares.get(layer, 1.0) * held[layer]))
+        place = jnp.arange(capacity, dtype=jnp.float32)
         # Spread over the sequence.
-        place = jnp.where(place < held, jnp.floor(place * count / max(held, 1)), -1.0)
+        place = jnp.where(place < held_here, jnp.floor(place * count / max(held_here, 1)), -1.0)
         return dataclasses.replace(
             slots,
             position=jnp.broadcast_to(place, slots.position.shape),
-            length=jnp.full_like(slots.length, held),
             dropped=jnp.zeros_like(slots.dropped),
         )
 
@@ -193,12 +198,13 @@ def fill(cache: KVCache, count: int, shares: Mapping[int, float]) -> KVCache:
 def token_macs(model: Decoder, plan: Plan, shares: Mapping[str, float], tokens: int) -> float:
     """Of one token behind a cache of so many: what it costs where it enters, times the share of
     tokens that do; routers included."""
-    config: DecoderConfig = model.config
+    config, reduction = model.config, cache_reduction(plan)
     share = lambda kind, layer: shares.get(f"{kind}_{layer}", 1.0)  # noqa: E731
     total = config.outer_macs(1)
     for layer in range(config.depth):
         spans = (shares.get(site.name, 1.0) for site, _ in plan.enclosing(layer))
         whole = share("around", layer) * math.prod(spans)
         attended, fed = whole * share("around_attention", layer), whole * share("around_mlp", layer)
-        total += config.layer_macs(attended, attended, attended * tokens, fed)
+        held = tokens if reduction is None else reduction.held(tokens, layer, config.depth)
+        total += config.layer_macs(attended, attended, attended * held, fed)
     return total + sum(r.macs(1, config.layout) for _, r in plan.steps)

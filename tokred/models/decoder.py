@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from tokred.cache import KVCache, make_cache
+from tokred.cache import KVCache, cache_reduction, make_cache
 from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock
 from tokred.nn.layers import Layers
@@ -222,20 +222,30 @@ class Decoder(nnx.Module):
         tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
         layers = cache.layers if filled is None else filled.layers
-        cache = KVCache(layers, (cache.seen + more).astype(jnp.int32))
-        return self.logits(tokens), cache, report
+        return self.logits(tokens), cache.advance(layers, cache.seen + more), report
 
-    def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
-        """An empty cache for sequences of up to `length` tokens; layers that tokens may skip hold
-        as many slots as their reduction asks for (`Reduction.cached`)."""
-        c = self.config
+    def make_cache(
+        self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
+    ) -> KVCache:
+        """An empty cache for sequences of up to `length` tokens, of which the first `prompt` (None:
+        all) come at once. Layers that tokens may skip hold as many slots as their reduction asks
+        for (`Reduction.cached`), all layers under an `Eviction` as many as that."""
+        c, reduction = self.config, cache_reduction(plan)
+        head_dim, dtype = c.shape(0).head_dim, c.dtype or c.param_dtype
+        if reduction is not None:
+            first = length if prompt is None else prompt
+            slots = [reduction.room(first, length, layer, c.depth) for layer in range(c.depth)]
+            heads = 1 if reduction.pooled else c.groups
+            slots = [count * (c.groups // heads) for count in slots]
+            cache = make_cache(batch, heads, slots, head_dim, dtype, reduction.raw)
+            settled = tuple(reduction.settle(layer) for layer in cache.layers)
+            return dataclasses.replace(cache, layers=settled)
         skipped = [
             (*plan.at("around", layer), *plan.at("around_attention", layer), *plan.enclosing(layer))
             for layer in range(c.depth)
         ]
         slots = [min([length, *(r.cached(length) for _, r in steps)]) for steps in skipped]
-        head_dim = c.shape(0).head_dim
-        return make_cache(batch, c.groups, slots, head_dim, c.dtype or c.param_dtype)
+        return make_cache(batch, c.groups, slots, head_dim, dtype)
 
     def tokens(
         self,

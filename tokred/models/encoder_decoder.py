@@ -293,7 +293,9 @@ class Conditioned:
     def config(self) -> EncoderDecoderConfig:
         return self.model._decoding
 
-    def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
+    def make_cache(
+        self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
+    ) -> KVCache:
         return self.model.make_cache(batch, length)
 
     def extend(

@@ -90,7 +90,7 @@ def generate(
     """
     n, sampling = prompt.shape[1], sampling or Sampling()
     length = _check_length(model, n, steps, length)
-    cache = model.make_cache(prompt.shape[0], length, plan=plan)
+    cache = model.make_cache(prompt.shape[0], length, plan=plan, prompt=n)
     extra = {**(extra or {}), "generated": jnp.full(prompt.shape, -1, jnp.int32)}
     logits, cache, report = model.extend(
         prompt,

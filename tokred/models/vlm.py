@@ -290,9 +290,12 @@ class Prompted:
         decoder = self.model.config.decoder
         return dataclasses.replace(decoder, context=decoder.context - self.more)
 
-    def make_cache(self, batch: int, length: int, *, plan: Plan = DENSE) -> KVCache:
-        inner = self.plan.of("decoder")
-        return self.model.decoder.make_cache(batch, length + self.more, plan=inner)
+    def make_cache(
+        self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
+    ) -> KVCache:
+        inner, prompt = self.plan.of("decoder"), length if prompt is None else prompt
+        how = {"plan": inner, "prompt": prompt + self.more}
+        return self.model.decoder.make_cache(batch, length + self.more, **how)
 
     def extend(
         self,
@@ -326,7 +329,7 @@ class Prompted:
         )
         last = spliced.tokens.position[..., 0].max(-1)
         layers = cache.layers if filled is None else filled.layers
-        cache = KVCache(layers, (jnp.ceil(last) + 1).astype(jnp.int32))
+        cache = cache.advance(layers, jnp.ceil(last) + 1)
         whole = dataclasses.replace(report, tokens=tokens.replace(source=None))
         return self._text(self.model._logits(tokens, spliced.place)), cache, whole
 

@@ -11,8 +11,8 @@ from tokred.cache import LayerCache
 from tokred.nn.experts import Experts
 from tokred.nn.mlp import GatedMlp
 from tokred.nn.norm import RMSNorm
-from tokred.nn.rotary import rotate
-from tokred.ops import attention, cached_attention, position_mask
+from tokred.ops import attention, cached_attention, cached_probs, position_mask
+from tokred.rotary import rotary_rates, rotate, rotate_by
 from tokred.tokens import Tokens
 
 
@@ -101,11 +101,39 @@ class CausalAttention(nnx.Module):
 
     def attend_cached(self, q: Array, queries: Tokens, cache: LayerCache) -> Float[Array, "B N D"]:
         """The update of the queries from all slots of a cache that they may see."""
-        mask = cache.mask(queries.position, self.shape.window)
-        cap = self.shape.attention_cap
-        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        y = cached_attention(q, k, v, mask=mask, bias=cache.bias, cap=cap)
+        how = self._cached(queries.position, cache)
+        y = cached_attention(q, self._keys(q, cache), cache.v.astype(q.dtype), **how)
         return self.out(y.reshape(*y.shape[:-2], -1))
+
+    def weigh(
+        self, q: Array, position: Num[Array, "B N"], cache: LayerCache
+    ) -> Float[Array, "B H N C"]:
+        """That attention's probabilities, of queries at these positions."""
+        return cached_probs(q, self._keys(q, cache), **self._cached(position[..., None], cache))
+
+    def _cached(self, position: Num[Array, "B N P"], cache: LayerCache) -> dict[str, Any]:
+        return {
+            "mask": cache.mask(position, self.shape.window),
+            "bias": cache.bias,
+            "pair_bias": cache.apart(self.shape.heads, self.shape.kv_heads),
+            "cap": self.shape.attention_cap,
+        }
+
+    def _keys(self, q: Array, cache: LayerCache) -> Float[Array, "B G C E"]:
+        """Those of a cache at their positions."""
+        k = rotate_by(cache.k, cache.position, self.rates) if cache.raw else cache.k
+        return k.astype(q.dtype)
+
+    def unplace(
+        self, k: Float[Array, "B N G E"], position: Num[Array, "B N"]
+    ) -> Float[Array, "B N G E"]:
+        """Keys as they were before `project` rotated them."""
+        return rotate_by(k, -position[..., None], self.rates)
+
+    @property
+    def rates(self) -> Float[Array, " half"]:
+        """Of the rotation."""
+        return rotary_rates(self.shape.head_dim, self.shape.rope_theta)
 
 
 def _norm(shape: BlockShape, width: int) -> RMSNorm:
@@ -141,6 +169,19 @@ class DecoderBlock(nnx.Module):
     def attend_cached(self, q: Array, queries: Tokens, cache: LayerCache) -> Array:
         """The same, from a cache."""
         return _after(self.post1, self.attn.attend_cached(q, queries, cache))
+
+    def weigh(self, q: Array, position: Array, cache: LayerCache) -> Float[Array, "B H N C"]:
+        """Attention over the slots of a cache."""
+        return self.attn.weigh(q, position, cache)
+
+    def unplace(self, k: Array, position: Array) -> Array:
+        """Keys before their rotation."""
+        return self.attn.unplace(k, position)
+
+    @property
+    def rates(self) -> Array:
+        """Of rotary positions."""
+        return self.attn.rates
 
     def feed(
         self, x: Float[Array, "*B N D"], experts: Float[Array, "*B N M"] | None = None

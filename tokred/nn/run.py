@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tokred.cache import LayerCache, Memory
+from tokred.cache import CacheReduction, LayerCache, Look, Memory, cache_reduction, hold
 from tokred.combine import Combine
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
@@ -19,6 +19,7 @@ from tokred.plan import EXPERT_WEIGHT, Ask, Plan, Site
 from tokred.report import Call, Record, reduce_at
 from tokred.tokens import Tokens
 
+PLAIN = CacheReduction()
 Outcome = tuple[Tokens, tuple[Record, ...]]
 
 
@@ -118,7 +119,8 @@ class Here:
     def attend(
         self, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens
     ) -> tuple[Array, LayerCache | None]:
-        """(update, cache): valid keys are written to the cache before queries look at it."""
+        """(update, cache): valid keys are written to the cache before queries look at it, and may
+        leave it afterwards."""
         cache = self.cache
         if cache is None:
             return self.block.attend(q, k, v, queries, keys), None
@@ -127,10 +129,24 @@ class Here:
                 f"layer {self.layer}: a cache keeps no gates; decode under a plan whose gates "
                 "decide (twin='packed' or 'causal')."
             )
-        cache = cache.append(k, v, keys.position[..., 0], keys.valid)
+        place, how = keys.position[..., 0], cache_reduction(self.plan) or PLAIN
+        stored = self.block.unplace(k, place) if cache.raw else k
         if self.fresh:
-            return self.block.attend(q, k, v, queries, keys), cache
-        return self.block.attend_cached(q, queries, cache), cache
+            update = self.block.attend(q, k, v, queries, keys)
+            if how is PLAIN:
+                return update, cache.append(stored, v, place, keys.valid)
+            whole = hold(stored, v, place, keys.valid, cache.raw)
+            left = how.begin(whole, self._look(q, queries), keys.n)
+            return update, how.settle(left.resize(cache.capacity))
+        cache, look = how.write(cache, stored, v, place, keys.valid), self._look(q, queries)
+        update = self.block.attend_cached(q, queries, how.read(cache, look))
+        return update, how.go_on(cache, look)
+
+    def _look(self, q: Array, queries: Tokens) -> Look:
+        place = queries.position[..., 0]
+        place = place if queries.valid is None else jnp.where(queries.valid, place, -1.0)
+        block = self.block
+        return Look(q, place, block.weigh, block.rates, self.layer, len(self.blocks))
 
 
 def run_block(here: Here, tokens: Tokens) -> Ran:

@@ -5,7 +5,7 @@ Attention is not scaled, norms have no mean, nothing has a bias. T5's dropout is
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from tokred.cache import LayerCache, Memory
 from tokred.nn.mlp import GatedMlp
 from tokred.nn.norm import RMSNorm
-from tokred.ops import attention, cached_attention, position_mask
+from tokred.ops import attention, cached_attention, cached_probs, position_mask
 from tokred.tokens import Tokens
 
 
@@ -196,18 +196,26 @@ class T5Block(nnx.Module):
 
     def attend_cached(self, q: Array, queries: Tokens, cache: LayerCache) -> Float[Array, "B N D"]:
         """The same, from all slots of a cache that the queries may see."""
-        bias = self.relative.per_head(queries.position[:, None, :, 0], cache.position)
-        y = cached_attention(
-            q,
-            cache.k.astype(q.dtype),
-            cache.v.astype(q.dtype),
-            mask=cache.mask(queries.position),
-            bias=cache.bias,
-            pair_bias=bias,
-            sink=self.attn.shape.sink,
-            scale=1.0,
-        )
-        return self.attn.join(y)
+        how = self._cached(queries.position[..., 0], cache)
+        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        return self.attn.join(cached_attention(q, k, v, **how))
+
+    def weigh(
+        self, q: Array, position: Num[Array, "B N"], cache: LayerCache
+    ) -> Float[Array, "B H N C"]:
+        """That attention's probabilities, of queries at these positions."""
+        return cached_probs(q, cache.k.astype(q.dtype), **self._cached(position, cache))
+
+    def _cached(self, position: Array, cache: LayerCache) -> dict[str, Any]:
+        return {
+            "mask": cache.mask(position[..., None]),
+            "bias": cache.bias,
+            "pair_bias": self.relative.per_head(position[:, None], cache.position),
+            "sink": self.attn.shape.sink,
+            "scale": 1.0,
+        }
+
+    rates: ClassVar[None] = None  # no rotary positions
 
     def remember(self, tokens: Tokens) -> Memory:
         """What the cross-attention looks at, projected once."""

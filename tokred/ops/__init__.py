@@ -9,6 +9,7 @@ from tokred.ops.attention import (
     attention_probs,
     attention_rows,
     cached_attention,
+    cached_probs,
     position_mask,
     softmax,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "attention_probs",
     "attention_rows",
     "cached_attention",
+    "cached_probs",
     "gather",
     "position_mask",
     "put",

@@ -81,6 +81,20 @@ def cached_attention(
     q: Float[Array, "*B N H E"],
     k: Float[Array, "*B G C E"],
     v: Float[Array, "*B G C E"],
+    **kwargs,
+) -> Float[Array, "*B N H E"]:
+    """Attention of a few queries over the slots of a cache, whose key heads may hold different
+    tokens; arguments as in `cached_probs`. A query that sees no slot gives 0. Gradient: to q, k, v
+    and biases."""
+    probs = cached_probs(q, k, **kwargs)
+    grouped = probs.reshape(*k.shape[:-2], -1, *probs.shape[-2:])  # [*B G R N C]
+    y = jnp.einsum("...grnc,...gce->...ngre", grouped.astype(v.dtype), v)
+    return y.reshape(q.shape)
+
+
+def cached_probs(
+    q: Float[Array, "*B N H E"],
+    k: Float[Array, "*B G C E"],
     *,
     mask: Bool[Array, "*B G N C"],
     bias: Float[Array, "*B G C"] | None = None,
@@ -88,10 +102,9 @@ def cached_attention(
     sink: bool = False,
     scale: float | None = None,
     cap: float | None = None,
-) -> Float[Array, "*B N H E"]:
-    """Attention of a few queries over the slots of a cache, whose key heads may hold different
-    tokens; arguments as in `attention`. A query that sees no slot gives 0. Gradient: to q, k, v and
-    biases."""
+) -> Float[Array, "*B H N C"]:
+    """The probabilities themselves, in float32, 0 where a query may not look; arguments as in
+    `attention`."""
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])  # [*B N G R E]
     logits = jnp.einsum("...ngre,...gce->...grnc", grouped, k, preferred_element_type=jnp.float32)
     logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
@@ -101,8 +114,7 @@ def cached_attention(
         logits = logits + pair_bias.reshape(*pair_bias.shape[:-3], *logits.shape[-4:])
     seen = mask[..., None, :, :]
     probs = softmax(jnp.where(seen, logits, NEGATIVE), sink=sink) * seen
-    y = jnp.einsum("...grnc,...gce->...ngre", probs.astype(v.dtype), v)
-    return y.reshape(q.shape)
+    return probs.reshape(*q.shape[:-3], q.shape[-2], *probs.shape[-2:])
 
 
 def softmax(logits: Float[Array, "*B M"], *, sink: bool = False) -> Float[Array, "*B M"]:

@@ -1,0 +1,76 @@
+"""AdaKV (Feng et al. 2024): the key heads of a layer share one budget.
+
+Official code: FFY0/AdaKV, as ported by NVIDIA/kvpress (Apache-2.0), where heads that keep fewer
+entries hide them and save nothing. Here the entries of a layer lie in one pool, whose slots belong
+to one head each: bytes fall by the budget's share. A query's products with the slots of other heads
+are computed and hidden, G times the arithmetic of decoding for G key heads.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tokred.cache import LayerCache, Look, keep_pooled
+from tokred.methods.registry import register
+from tokred.methods.snapkv import SnapKV
+from tokred.plan import Layout, Plan, Site
+from tokred.select import keep_where
+
+
+@dataclass(frozen=True)
+class AdaKV(SnapKV):
+    """The entries of all heads that SnapKV ranks highest, at least the share `floor` of the budget
+    of each head. Acts once: nothing leaves after the prompt."""
+
+    pooled: ClassVar[bool] = True
+    floor: float = 0.2
+
+    def settle(self, cache: LayerCache) -> LayerCache:
+        none = jnp.zeros(cache.position.shape, jnp.int32)
+        return cache if cache.owner is not None else replace(cache, owner=none)
+
+    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
+        batch, groups, slots = cache.position.shape
+        k = min(self.kept(prompt, look.layer, look.depth), slots)
+        worth = self._protect(cache, look, k)
+        best = keep_pooled(worth, k, floor=self.floor, valid=cache.valid)
+        flat = lambda x: x.reshape(batch, 1, groups * slots, *x.shape[3:])  # noqa: E731
+        head = jnp.broadcast_to(jnp.arange(groups)[None, :, None], cache.position.shape)
+        pool = replace(
+            cache, k=flat(cache.k), v=flat(cache.v), position=flat(cache.position),
+            owner=flat(head),
+        )  # fmt: skip
+        map_, _ = keep_where(flat(best), groups * k)
+        return pool.keep(map_)
+
+    def write(self, cache: LayerCache, k: Array, v: Array, position: Array, valid: Any) -> Any:
+        """Every head's entry takes a slot of its own, the heads one after another."""
+        batch, n, groups, width = k.shape
+        each = lambda x: jnp.repeat(x, groups, axis=1)  # noqa: E731
+        single = lambda x: x.reshape(batch, n * groups, 1, width)  # noqa: E731
+        before = cache.valid
+        valid = None if valid is None else each(valid)
+        cache = cache.append(single(k), single(v), each(position), valid)
+        new = cache.valid & ~before
+        return replace(cache, owner=jnp.where(new, (jnp.cumsum(new, -1) - 1) % groups, cache.owner))
+
+
+@register("adakv", family="evict", site="cache", paper="AdaKV 2024", golden=("kv/adakv",))
+def adakv(
+    layout: Layout,
+    *,
+    keep: float = 0.2,
+    budget: int | None = None,
+    window: int = 32,
+    kernel: int = 5,
+    floor: float = 0.2,
+) -> Plan:
+    """SnapKV with one budget for all key heads of a layer.
+
+    keep: share of a prompt's entries; budget: their mean number per head instead. floor: what share
+    of it every head has in any case.
+    """
+    how = AdaKV(budget or keep, recent=window, kernel=kernel, floor=floor)
+    return Plan(((Site("cache"), how),), name="adakv")

@@ -1,0 +1,75 @@
+"""ExpectedAttention (Devoto et al. 2025): what queries to come will look at.
+
+Official code: NVIDIA/kvpress (Apache-2.0).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tokred.cache import Eviction, Look, expect_queries, query_statistics, score_by_expectation
+from tokred.methods.registry import register
+from tokred.plan import Layout, Plan, Site
+from tokred.rotary import rotate_by
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Eviction):
+    """Entries by the attention that Gaussian queries with the prompt's mean and covariance would
+    give from the next `future` positions, times the value's norm; the sinks stay. Acts once, and
+    asks for no window at the end of the prompt."""
+
+    spare: int | None = None
+    sinks: int = 4
+    future: int = 512
+    covariance: bool = True
+    norms: bool = True
+
+    def score(self, cache: Any, look: Look) -> Array:
+        if look.rates is None:
+            raise ValueError(
+                "expected_attention: this model has no rotary positions; choose another eviction."
+            )
+        plain = rotate_by(look.q, -look.position[..., None], look.rates)
+        free = (look.position >= self.sinks).astype(jnp.float32)
+        mean, spread = query_statistics(plain, free)
+        mean, spread = expect_queries(mean, spread, look.newest + 1, look.rates, future=self.future)
+        return score_by_expectation(
+            cache.k,
+            cache.v,
+            mean,
+            spread if self.covariance else None,
+            protected=cache.position[:, 0] < self.sinks,
+            valid=cache.valid[:, 0],
+            norms=self.norms,
+        )
+
+
+@register(
+    "expected_attention",
+    family="evict",
+    site="cache",
+    paper="ExpectedAttention 2025",
+    golden=("kv/expected_attention",),
+)
+def expected_attention(
+    layout: Layout,
+    *,
+    keep: float = 0.2,
+    budget: int | None = None,
+    sinks: int = 4,
+    future: int = 512,
+    covariance: bool = True,
+    norms: bool = True,
+) -> Plan:
+    """Cache entries that future queries are expected to look at stay.
+
+    keep: share of a prompt's entries; budget: their number instead. Other options: see
+    `ExpectedAttention`.
+    """
+    how = ExpectedAttention(
+        budget or keep, sinks=sinks, future=future, covariance=covariance, norms=norms
+    )
+    return Plan(((Site("cache"), how),), name="expected_attention")
