@@ -44,8 +44,8 @@ class Look:
 
     def probs(self, cache: LayerCache) -> Float[Array, "B H N C"]:
         """Attention of the queries; 0 for padding."""
-        live = (self.position >= 0)[:, None, :, None]
-        return jnp.where(live, self.weigh(self.q, self.position, cache), 0.0)
+        there = (self.position >= 0)[:, None, :, None]
+        return jnp.where(there, self.weigh(self.q, self.position, cache), 0.0)
 
     def received(self, cache: LayerCache, block: int = 128) -> Float[Array, "B H C"]:
         """Their sum over all queries, `block` (static) of them at a time."""
