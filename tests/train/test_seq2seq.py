@@ -80,7 +80,7 @@ def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Pa
     config = load_config(recipe("mrt5_bytes"), QUIET)
     rows = {row["method"]: row for row in run_job(config, tmp_path)}
     assert set(rows) == {"dense", "mrt5", "mrt5 soft"}
-    assert rows["mrt5"]["macs_ratio"] < 0.9 and rows["mrt5 soft"]["macs_ratio"] > 0.99
+    assert rows["mrt5"]["macs_ratio"] < 0.95 and rows["mrt5 soft"]["macs_ratio"] > 0.99
     assert rows["dense"]["deletion_rate"] is None and 0 <= rows["mrt5"]["deletion_rate"] < 1
     assert "<!doctype html" in (tmp_path / "deletion.html").read_text()[:20]
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -100,7 +100,9 @@ def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
     config.train.steps = 4
     run_job(config, tmp_path / "parts", allow_changes=True)
     told = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()][-1]
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()][
+            -1
+        ]
         for run in ("whole", "parts")
     ]
     assert told[0]["coefficient"] == told[1]["coefficient"] != 0
@@ -146,6 +148,6 @@ def test_a_missing_controller_is_named_on_resume(tmp_path: Path):
     fixed = ("train.options.coefficient=0.1", "train.steps=2", "evaluate.rounds=1")
     run_job(load_config(recipe("mrt5_bytes"), (*QUIET, *fixed)), tmp_path)
     config = load_config(recipe("mrt5_bytes"), QUIET)
-    with pytest.raises(ValueError, match=r"controllers/before_2/") as error:
+    with pytest.raises(ValueError, match=r"controllers/before_3/") as error:
         run_job(config, tmp_path, allow_changes=True)
     assert "\n" not in str(error.value)

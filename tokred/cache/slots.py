@@ -192,7 +192,7 @@ class KVCache:
         held = jax.tree.leaves([(c.k, c.v, c.extra) for c in self.layers])
         return sum(a.size * a.dtype.itemsize for a in held)
 
-    def advance(self, layers: Sequence[LayerCache], seen: Int[Array, " B"]) -> "KVCache":
+    def advance(self, layers: Sequence[LayerCache], seen: Num[Array, " B"]) -> "KVCache":
         """The cache after a step; seen: where its next token stands, unless positions have no
         gaps."""
         if layers[0].raw:
