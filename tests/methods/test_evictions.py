@@ -10,10 +10,12 @@ from flax import nnx
 
 from tokred.cache import Look, cache_reduction
 from tokred.cache.pages import page_bounds
+from tokred.methods.adakv import adakv
 from tokred.methods.h2o import h2o
 from tokred.methods.kivi import kivi
 from tokred.methods.quest import quest
 from tokred.methods.streaming_llm import StreamingLLM, streaming_llm
+from tokred.methods.zipcache import zipcache
 from tokred.models import Decoder, DecoderConfig
 from tokred.models.generate import generate
 from tokred.plan import Plan
@@ -149,3 +151,46 @@ def test_what_does_not_fit_is_an_error():
     cache = MODEL.make_cache(B, N, plan=plan)
     with pytest.raises(ValueError, match="3 tokens at once find 1 free"):
         MODEL.extend(IDS[:, :3], cache, plan=plan.with_twin("causal"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (kivi(LAYOUT, group=4, residual=8), "kivi: 3 tokens at once"),
+        (quest(LAYOUT, budget=4, page=2, dense=0), "quest: 3 tokens at once"),
+        (zipcache(LAYOUT), "zipcache: nothing is stored yet"),
+    ],
+)
+def test_what_reads_a_prompt_as_a_whole_says_so(plan: Plan, words: str):
+    cache = MODEL.make_cache(B, N + STEPS, plan=plan, prompt=N)
+    with pytest.raises(ValueError, match=words):
+        MODEL.extend(IDS[:, :3], cache, plan=plan.with_twin("causal"))
+
+
+def test_options_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="multiple of group=3"):
+        kivi(LAYOUT, group=3, residual=8)
+    with pytest.raises(ValueError, match="heads of 4 channels are no groups of 8"):
+        MODEL.make_cache(B, N, plan=kivi(LAYOUT, group=8, residual=8))
+    with pytest.raises(ValueError, match="page=0"):
+        quest(LAYOUT, page=0)
+    with pytest.raises(ValueError, match=r"salient=1\.5"):
+        zipcache(LAYOUT, salient=1.5)
+
+
+def test_a_pool_holds_the_best_of_all_heads():
+    """Two key heads and a budget of four: eight entries, of every head at least one, and the newest
+    of each are its own."""
+    plan = adakv(LAYOUT, budget=4, window=2, kernel=3, floor=0.3)
+    got, full = _run(plan, True), _run(Plan(), True).cache.layers[0]
+    cache = got.cache.layers[0]
+    assert cache.k.shape[1] == 1 and cache.capacity == 2 * (4 + STEPS)
+    per_head = jnp.stack([(cache.valid & (cache.owner == g)).sum((1, 2)) for g in (0, 1)], -1)
+    assert (per_head.sum(-1) == 8 + 2 * STEPS).all() and (per_head >= 1 + STEPS).all()
+    same = (cache.position[..., None] == full.position[:, :, None, :]).astype(jnp.float32)
+    mine = jnp.take_along_axis(
+        jnp.einsum("bgct,bgte->bcge", same, full.k), cache.owner[:, 0, :, None, None], axis=2
+    )[:, :, 0]
+    length = VALID.sum(-1)[:, None]
+    prompt = cache.valid[:, 0] & (cache.position[:, 0] < length)
+    close(jnp.where(prompt[..., None], cache.k[:, 0], 0.0), jnp.where(prompt[..., None], mine, 0.0))

@@ -90,6 +90,9 @@ def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Pa
     assert again["mrt5"]["loss"] == pytest.approx(rows["mrt5"]["loss"], rel=1e-6)
 
 
+RUNS = ("whole", "parts")
+
+
 def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
     same_rate = ("optimizer.schedule=constant", "optimizer.warmup=0.0", "optimizer.end=0.0")
     at_once = ("train.options.delay=0", "evaluate.rounds=1")
@@ -99,12 +102,8 @@ def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
     run_job(config, tmp_path / "parts")
     config.train.steps = 4
     run_job(config, tmp_path / "parts", allow_changes=True)
-    told = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()][
-            -1
-        ]
-        for run in ("whole", "parts")
-    ]
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in RUNS]
+    told = [[json.loads(line) for line in each][-1] for each in lines]
     assert told[0]["coefficient"] == told[1]["coefficient"] != 0
 
 
