@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from tokred.ops.gather import aligned
 from tokred.positions import check_positions
 
 
@@ -30,7 +31,7 @@ def rotate_by(
     Turning a key again by its new position less its old one moves it there.
     """
     check_positions(position=position)
-    angle = position[..., None].astype(jnp.float32) * rates.reshape((1,) * (x.ndim - 1) + (-1,))
+    angle = position[..., None].astype(jnp.float32) * aligned(rates, x.ndim, x.ndim - 1)
     return turn(x, jnp.cos(angle), jnp.sin(angle))
 
 

@@ -45,7 +45,7 @@ def h2o_drop(case: Case) -> dict[str, Any]:
     none = lambda n: jnp.zeros((1, n, heads, 1))  # noqa: E731
     place = jnp.arange(prompt, dtype=jnp.float32)[None]
     cache = hold(none(prompt), none(prompt), place)
-    cache = evict.begin(cache, Look(none(prompt), place, stored(first)), prompt)
+    cache = evict.begin(cache, Look(none(prompt), place, stored(first)))
     cache = cache.resize(evict.room(prompt, prompt + len(steps), 0, 1))
     told = [in_order(cache, cache.score[0])]
     for step, probs in enumerate(steps):
@@ -97,7 +97,7 @@ def h2o_mask(case: Case) -> dict[str, Any]:
     place = jnp.arange(n, dtype=jnp.float32)[None]
     cache = hold(k, v, place)
     first, seen = attend(q, place, cache), evict.observe(cache, look(q, place))
-    cache = evict.begin(cache, look(q, place), n).resize(evict.room(n, total, 0, 1))
+    cache = evict.begin(cache, look(q, place)).resize(evict.room(n, total, 0, 1))
     outs, told = [], [state(seen, cache, n)]
     for step, x in enumerate(steps):
         q, k, v = project(x[None])
@@ -135,7 +135,7 @@ def streaming(case: Case) -> dict[str, Any]:
     cache = replace(cache, score=cache.position)
     first = attend(q, place, cache)
     look = lambda q, place: Look(q, place, lambda *_: jnp.zeros(()))  # noqa: E731
-    cache = evict.begin(cache, look(q, place), n).resize(evict.room(n, n + len(steps), 0, 1))
+    cache = evict.begin(cache, look(q, place)).resize(evict.room(n, n + len(steps), 0, 1))
     outs, kept, asked = [], [], []
     for step, x in enumerate(steps):
         q, k, v = project(x[None])

@@ -77,10 +77,10 @@ def test_metrics_tell_the_rate_and_the_coefficient():
 
 
 def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Path):
-    config = load_config(recipe("mrt5_bytes"), QUIET)
+    config = load_config(recipe("mrt5_bytes"), (*QUIET, "train.options.layer=2"))
     rows = {row["method"]: row for row in run_job(config, tmp_path)}
     assert set(rows) == {"dense", "mrt5", "mrt5 soft"}
-    assert rows["mrt5"]["macs_ratio"] < 0.95 and rows["mrt5 soft"]["macs_ratio"] > 0.99
+    assert rows["mrt5"]["macs_ratio"] < 0.9 and rows["mrt5 soft"]["macs_ratio"] > 0.99
     assert rows["dense"]["deletion_rate"] is None and 0 <= rows["mrt5"]["deletion_rate"] < 1
     assert "<!doctype html" in (tmp_path / "deletion.html").read_text()[:20]
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -24,7 +24,7 @@ from tokred.cache.quantise import (
     quantise_scaled,
     unpack,
 )
-from tokred.cache.reduction import CacheReduction, Look, cache_reduction
+from tokred.cache.reduction import PLAIN, CacheReduction, Look, cache_reduction
 from tokred.cache.scores import (
     score_by_key_difference,
     score_by_key_norm,
@@ -35,6 +35,7 @@ from tokred.cache.scores import (
 from tokred.cache.slots import KVCache, LayerCache, Memory, hold, make_cache, make_layer_cache
 
 __all__ = [
+    "PLAIN",
     "CacheReduction",
     "Eviction",
     "KVCache",

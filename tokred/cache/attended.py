@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from tokred.cache.scores import KEEP
+from tokred.ops.gather import aligned
 from tokred.rotary import turn
 from tokred.score import score_by_norm
 
@@ -100,8 +101,8 @@ def expect_queries(
 ) -> tuple[Float[Array, "*B H E"], Float[Array, "*B H E E"]]:
     """The same of queries at the next `future` (static) positions from `start` on: turned by the
     mean of their rotations, which is no rotation itself and shrinks quick channels."""
-    angle = (start[..., None] + jnp.arange(future).reshape((1,) * start.ndim + (-1,)))[..., None]
-    angle = angle * rates.reshape((1,) * (angle.ndim - 1) + (-1,))
+    angle = (start[..., None] + aligned(jnp.arange(future), start.ndim + 1, start.ndim))[..., None]
+    angle = angle * aligned(rates, angle.ndim, angle.ndim - 1)
     cos, sin = jnp.cos(angle).mean(-2), jnp.sin(angle).mean(-2)  # [*B half]
     ahead = lambda x: turn(x, cos[..., None, None, :], sin[..., None, None, :])  # noqa: E731
     turned = ahead(jnp.swapaxes(ahead(covariance), -1, -2))

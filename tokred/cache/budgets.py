@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.maps import Assign
+from tokred.ops.gather import aligned
 from tokred.score import mask_scores
 from tokred.select import keep_top_k
 
@@ -67,7 +68,7 @@ def fold_middle(
         raise ValueError(
             f"fold_middle: k={k} slots must exceed the {sinks} sinks by two at least; raise k."
         )
-    place = jnp.arange(slots).reshape((1,) * length.ndim + (-1,))
+    place = aligned(jnp.arange(slots), length.ndim + 1, length.ndim)
     length = length[..., None]
     recent = length - (k - sinks - 1)
     shared = jnp.maximum(sinks, k - 1 - (length - 1 - place))

@@ -88,7 +88,7 @@ class Eviction(CacheReduction):
         """What is gathered at every step, such as attention received, in `cache.score`."""
         return cache
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
+    def begin(self, cache: LayerCache, look: Look) -> LayerCache:
         cache = self.observe(cache, look)
         k = self.held(cache.capacity, look.layer, look.depth)
         worth = self._protect(cache, look, k)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tokred.ops.gather import aligned
+
 BITS = (1, 2, 4, 8)
 
 
@@ -45,7 +47,7 @@ def pack(codes: Int[Array, "*B N"], bits: int, word: Any = jnp.uint8) -> Array:
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, more)])
     kind = _unsigned(word)
     parts = codes.reshape(*codes.shape[:-1], -1, per).astype(kind)
-    shift = (jnp.arange(per) * bits).astype(kind).reshape((1,) * (parts.ndim - 1) + (per,))
+    shift = _shifts(per, bits, kind, parts.ndim)
     return jax.lax.bitcast_convert_type((parts << shift).sum(-1, dtype=kind), word)
 
 
@@ -53,9 +55,14 @@ def unpack(packed: Array, bits: int, count: int) -> Int[Array, "*B N"]:
     """The first `count` (static) codes in words of `pack`."""
     per, kind = 8 * packed.dtype.itemsize // bits, _unsigned(packed.dtype)
     words = jax.lax.bitcast_convert_type(packed, kind)[..., None]
-    shift = (jnp.arange(per) * bits).astype(kind).reshape((1,) * (words.ndim - 1) + (per,))
+    shift = _shifts(per, bits, kind, words.ndim)
     codes = (words >> shift) & kind(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(jnp.int32)
+
+
+def _shifts(per: int, bits: int, kind: Any, ndim: int) -> Array:
+    """By how much each code of a word is shifted."""
+    return aligned((jnp.arange(per) * bits).astype(kind), ndim, ndim - 1)
 
 
 def _unsigned(word: Any) -> Any:

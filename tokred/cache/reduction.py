@@ -83,7 +83,7 @@ class CacheReduction(Reduction):
         """Entries per key head that are left of a prompt; static."""
         return prompt
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
+    def begin(self, cache: LayerCache, look: Look) -> LayerCache:
         """What is kept of a prompt, given the cache of all of it: at most `room` slots."""
         return cache
 
@@ -105,9 +105,12 @@ class CacheReduction(Reduction):
         return cache
 
 
-def cache_reduction(plan: Plan) -> CacheReduction | None:
-    """What acts on the caches of a model. Raises ValueError where there are several, or
-    another reduction stands at that site."""
+PLAIN = CacheReduction()
+
+
+def cache_reduction(plan: Plan) -> CacheReduction:
+    """What acts on the caches of a model, `PLAIN` where nothing does. Raises ValueError where there
+    are several, or another reduction stands at that site."""
     found = [reduction for _, reduction in plan.at("cache")]
     fit = [reduction for reduction in found if isinstance(reduction, CacheReduction)]
     if len(found) > 1 or len(fit) < len(found):
@@ -115,4 +118,4 @@ def cache_reduction(plan: Plan) -> CacheReduction | None:
             f"Plan {plan.name!r}: one CacheReduction can act on a cache, got "
             f"{[type(reduction).__name__ for reduction in found]}; leave the others out."
         )
-    return fit[0] if fit else None
+    return fit[0] if fit else PLAIN

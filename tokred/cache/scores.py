@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from tokred.ops.gather import aligned
 from tokred.score import cosine, score_by_norm, unit_rows
 
 KEEP = jnp.inf
@@ -20,7 +21,7 @@ def _live(x: Array, valid: Array | None) -> Bool[Array, "*B T"]:
 
 
 def _first(n: int, ndim: int, count: int) -> Array:
-    return (jnp.arange(n) < count).reshape((1,) * (ndim - 1) + (n,))
+    return aligned(jnp.arange(n) < count, ndim, ndim - 1)
 
 
 def score_by_key_norm(k: Float[Array, "*B T E"]) -> Float[Array, "*B T"]:
@@ -93,7 +94,7 @@ def score_by_lag(
     body = body.reshape(*body.shape[:-2], parts * lag)
     if valid is not None:  # an entry of a part whose successors are not all there
         last = sinks + lag * (2 + jnp.arange(parts * lag) // lag)
-        full = last.reshape((1,) * (body.ndim - 1) + (-1,)) <= valid.sum(-1, keepdims=True)
+        full = aligned(last, body.ndim, body.ndim - 1) <= valid.sum(-1, keepdims=True)
         body = jnp.where(full, body, KEEP)
     return scores.at[..., sinks : sinks + parts * lag].set(body)
 

@@ -144,10 +144,7 @@ def decode_steps(
     gives (cache, ids [steps B], by site the share of tokens that entered)."""
     merge, params, rest = split(model, plan)
     reduction, depth, count = cache_reduction(plan), model.config.depth, tokens - steps
-    held = [
-        count if reduction is None else reduction.held(count, layer, depth)
-        for layer in range(depth)
-    ]
+    held = [reduction.held(count, layer, depth) for layer in range(depth)]
     entries = {
         layer: share
         for site, r in plan.steps
@@ -180,11 +177,10 @@ def fill(cache: KVCache, count: int, held: Sequence[int], shares: Mapping[int, f
     those with an entry, by layer, 1 by default. What the entries hold stays as it is."""
 
     def one(layer: int, slots: Any) -> Any:
-        capacity = slots.position.shape[-1]
-        held_here = min(capacity, round(shares.get(layer, 1.0) * held[layer]))
-        place = jnp.arange(capacity, dtype=jnp.float32)
+        entries = min(slots.capacity, round(shares.get(layer, 1.0) * held[layer]))
+        place = jnp.arange(slots.capacity, dtype=jnp.float32)
         # Spread over the sequence.
-        place = jnp.where(place < held_here, jnp.floor(place * count / max(held_here, 1)), -1.0)
+        place = jnp.where(place < entries, jnp.floor(place * count / max(entries, 1)), -1.0)
         return dataclasses.replace(
             slots,
             position=jnp.broadcast_to(place, slots.position.shape),
@@ -205,6 +201,6 @@ def token_macs(model: Decoder, plan: Plan, shares: Mapping[str, float], tokens: 
         spans = (shares.get(site.name, 1.0) for site, _ in plan.enclosing(layer))
         whole = share("around", layer) * math.prod(spans)
         attended, fed = whole * share("around_attention", layer), whole * share("around_mlp", layer)
-        held = tokens if reduction is None else reduction.held(tokens, layer, config.depth)
+        held = reduction.held(tokens, layer, config.depth)
         total += config.layer_macs(attended, attended, attended * held, fed)
     return total + sum(r.macs(1, config.layout) for _, r in plan.steps)

@@ -31,9 +31,9 @@ class AdaKV(SnapKV):
         none = jnp.zeros(cache.position.shape, jnp.int32)
         return cache if cache.owner is not None else replace(cache, owner=none)
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
+    def begin(self, cache: LayerCache, look: Look) -> LayerCache:
         batch, groups, slots = cache.position.shape
-        k = min(self.kept(prompt, look.layer, look.depth), slots)
+        k = self.held(slots, look.layer, look.depth)
         worth = self._protect(cache, look, k)
         best = keep_pooled(worth, k, floor=self.floor, valid=cache.valid)
         flat = lambda x: x.reshape(batch, 1, groups * slots, *x.shape[3:])  # noqa: E731

@@ -41,9 +41,6 @@ class KIVI(CacheReduction):
     def room(self, prompt: int, length: int, layer: int, depth: int) -> int:
         return -(-length // self.residual) * self.residual
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
-        return cache
-
     def settle(self, cache: LayerCache) -> LayerCache:
         """Everything in codes, and the latest entries in the ring as well."""
         self._check_width(cache.v.shape[-1])

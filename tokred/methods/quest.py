@@ -38,9 +38,6 @@ class Quest(CacheReduction):
     def room(self, prompt: int, length: int, layer: int, depth: int) -> int:
         return -(-length // self.page) * self.page
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
-        return cache
-
     def settle(self, cache: LayerCache) -> LayerCache:
         bounds = page_bounds(cache.k.astype(jnp.float32), self.page, cache.valid)
         return replace(cache, extra=bounds)

@@ -52,9 +52,9 @@ class ZipCache(CacheReduction):
     def room(self, prompt: int, length: int, layer: int, depth: int) -> int:
         return max(1, length - prompt)
 
-    def begin(self, cache: LayerCache, look: Look, prompt: int) -> LayerCache:
+    def begin(self, cache: LayerCache, look: Look) -> LayerCache:
         """No slot is left; all of the prompt is in `extra`."""
-        worth = self.score(cache, look)
+        worth, prompt = self.score(cache, look), cache.capacity
         few = prompt - int((1 - self.salient) * prompt)
         ranked = keep_top_k(worth, prompt, valid=cache.valid)
         kinds = ((ranked.index[..., :few], self.high), (ranked.index[..., few:], self.low))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from tokred.cache import KVCache, cache_reduction, make_cache
+from tokred.cache import PLAIN, KVCache, cache_reduction, make_cache
 from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock
 from tokred.nn.layers import Layers
@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
         for (`Reduction.cached`), all layers under an `Eviction` as many as that."""
         c, reduction = self.config, cache_reduction(plan)
         head_dim, dtype = c.shape(0).head_dim, c.dtype or c.param_dtype
-        if reduction is not None:
+        if reduction is not PLAIN:
             first = length if prompt is None else prompt
             slots = [reduction.room(first, length, layer, c.depth) for layer in range(c.depth)]
             heads = 1 if reduction.pooled else c.groups

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tokred.cache import CacheReduction, LayerCache, Look, Memory, cache_reduction, hold
+from tokred.cache import PLAIN, LayerCache, Look, Memory, cache_reduction, hold
 from tokred.combine import Combine
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
@@ -19,7 +19,6 @@ from tokred.plan import EXPERT_WEIGHT, Ask, Plan, Site
 from tokred.report import Call, Record, reduce_at
 from tokred.tokens import Tokens
 
-PLAIN = CacheReduction()
 Outcome = tuple[Tokens, tuple[Record, ...]]
 
 
@@ -129,14 +128,14 @@ class Here:
                 f"layer {self.layer}: a cache keeps no gates; decode under a plan whose gates "
                 "decide (twin='packed' or 'causal')."
             )
-        place, how = keys.position[..., 0], cache_reduction(self.plan) or PLAIN
+        place, how = keys.position[..., 0], cache_reduction(self.plan)
         stored = self.block.unplace(k, place) if cache.raw else k
         if self.fresh:
             update = self.block.attend(q, k, v, queries, keys)
             if how is PLAIN:
                 return update, cache.append(stored, v, place, keys.valid)
             whole = hold(stored, v, place, keys.valid, cache.raw)
-            left = how.begin(whole, self._look(q, queries), keys.n)
+            left = how.begin(whole, self._look(q, queries))
             return update, how.settle(left.resize(cache.capacity))
         cache, look = how.write(cache, stored, v, place, keys.valid), self._look(q, queries)
         update = self.block.attend_cached(q, queries, how.read(cache, look))
