@@ -36,7 +36,7 @@ def continued_config() -> Config:
     config = span_config()
     config.data.options.update({"mean_span": 10.0, "density": 0.15})
     config.train.steps = 2000
-    config.optimizer.update({"lr": 1.5e-3, "schedule": "linear", "warmup": 0.0, "end": 0.0})
+    config.optimizer.update({"lr": 5e-4, "schedule": "linear", "warmup": 0.0, "end": 0.0})
     config.log.every = 25
     return config
 

@@ -1,0 +1,39 @@
+"""Selection: scores or features to a TokenMap. Counts are Python ints.
+
+All functions protect the first `prefix` tokens, which stay in front in their order, take `valid`,
+and stop the gradient: it flows through what a map moves, never through the choice.
+"""
+
+from tokred.select.group import grid_cells, merge_into, pool_cells
+from tokred.select.keep import (
+    keep_above,
+    keep_static,
+    keep_top_k,
+    keep_where,
+    rank_tokens,
+    rank_within,
+)
+from tokred.select.match import (
+    match_bipartite,
+    match_kth,
+    match_random,
+    merge_to_nearest,
+    nearest_kept,
+)
+
+__all__ = [
+    "grid_cells",
+    "keep_above",
+    "keep_static",
+    "keep_top_k",
+    "keep_where",
+    "match_bipartite",
+    "match_kth",
+    "match_random",
+    "merge_into",
+    "merge_to_nearest",
+    "nearest_kept",
+    "pool_cells",
+    "rank_tokens",
+    "rank_within",
+]
