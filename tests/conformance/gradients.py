@@ -9,8 +9,8 @@ import numpy as np
 from tests.conformance.models import kind_of
 from tests.conformance.setting import KEY, easy, inputs_of, loss_of, model_of, odd, training
 from tests.methods_table import Row
+from tokred.nn.skeleton import path_name
 from tokred.plan import Plan
-from tokred.train.state import path_name
 
 Gradients = tuple[dict[str, np.ndarray], np.ndarray]
 _KNOWN: dict[Any, Gradients] = {}

@@ -19,8 +19,9 @@ from tests.conformance.setting import (
     run_of,
 )
 from tests.methods_table import Row
+from tokred.nn.skeleton import split_model
 from tokred.train.checkpoint import Checkpoints
-from tokred.train.state import init_state, split_model
+from tokred.train.state import init_state
 
 
 def check_bf16_agrees(row: Row) -> None:

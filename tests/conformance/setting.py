@@ -18,9 +18,9 @@ from tests.methods_table import Extra, Options, Row
 from tokred import cost
 from tokred.methods import make_plan
 from tokred.models import ViTConfig
+from tokred.nn.skeleton import path_name
 from tokred.plan import AROUND, Plan, Reduction
 from tokred.report import Call
-from tokred.train.state import path_name
 
 DENSE = Plan()
 KEY = jax.random.key(7)

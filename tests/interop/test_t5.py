@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 
 from tokred.interop import T5, is_exported, read_params, t5_config
 from tokred.models import EncoderDecoder, EncoderDecoderConfig
+from tokred.nn.skeleton import split_model
 from tokred.train.config import load_config, model_config
 from tokred.train.setup import make_setup
 from tokred.train.start import starting_weights
-from tokred.train.state import split_model
 
 RECIPES = Path(__file__).parents[2] / "configs"
 QUIET = ("log.progress=False", "log.tensorboard=False")

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.models import plain_decoder
 from tokred.methods import make_plan
 from tokred.models import Decoder, DecoderConfig, decoder_config
-from tokred.train.state import path_name
+from tokred.nn.skeleton import path_name
 
 TINY = DecoderConfig(vocab=11, width=12, depth=2, heads=4, head_dim=6, hidden=10, context=16)
 B, N = 2, 7

@@ -14,7 +14,7 @@ from tokred.models import ViT, ViTConfig, vit_config
 from tokred.models.vit import pool_tokens
 from tokred.nn.block import drop_path
 from tokred.nn.embeddings import sincos_positions
-from tokred.nn.mlp import gelu
+from tokred.nn.mlp import activate
 from tokred.report import Call
 from tokred.tokens import make_tokens
 
@@ -164,8 +164,8 @@ def test_drop_path_keeps_the_mean():
 def test_gelu_is_the_one_asked_for():
     x = jnp.linspace(-3, 3, 13)
     exact = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in np.asarray(x)])
-    np.testing.assert_allclose(gelu(x, "exact"), exact, atol=1e-6)
-    difference = np.abs(gelu(x, "tanh") - exact).max()
+    np.testing.assert_allclose(activate(x, "gelu"), exact, atol=1e-6)
+    difference = np.abs(activate(x, "gelu_tanh") - exact).max()
     assert 1e-4 < difference < 1e-3
 
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokred.nn.skeleton import Weights
 from tokred.train import checkpoint
 from tokred.train.checkpoint import METRIC, Checkpoints, check_same
 from tokred.train.mesh import make_mesh, place_by_rules, with_places
 from tokred.train.optimizer import make_optimizer
-from tokred.train.state import Weights, init_state
+from tokred.train.state import init_state
 
 SHAPES = {
     "blocks/0/mlp/fc1/kernel": (16, 8),

@@ -7,6 +7,7 @@ from flax import nnx
 
 from tokred.methods import make_plan
 from tokred.models.vit import ViT, ViTConfig
+from tokred.nn.skeleton import split_model
 from tokred.train.clock import Clock, Tracer
 from tokred.train.guards import NotFiniteError
 from tokred.train.log import RunLog
@@ -14,7 +15,6 @@ from tokred.train.loop import Around, Stage, run_stage
 from tokred.train.losses import ImageObjective
 from tokred.train.mesh import make_mesh, place_by_rules
 from tokred.train.processes import Preempted
-from tokred.train.state import split_model
 
 CONFIG = ViTConfig(
     image_size=(8, 8), patch=(2, 2), channels=1, width=16, depth=2, heads=2, classes=4

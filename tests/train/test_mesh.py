@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from tokred.methods import make_plan
 from tokred.models.decoder import Decoder, DecoderConfig
+from tokred.nn.skeleton import split_model
 from tokred.train.mesh import (
     AXES,
     batch_sharding,
@@ -21,7 +22,6 @@ from tokred.train.mesh import (
     shard_of,
     to_mesh,
 )
-from tokred.train.state import split_model
 
 TREE = {
     "params": {

@@ -9,13 +9,13 @@ import pytest
 
 from tokred.models.decoder import DecoderConfig
 from tokred.models.vit import ViTConfig
+from tokred.nn.skeleton import Weights
 from tokred.train import pod_tasks, pods
 from tokred.train.collectives import (
     count_activation_gathers,
     count_collectives,
     find_collectives,
 )
-from tokred.train.state import Weights
 
 KEPT = Path(__file__).parents[2] / "docs" / "pods.json"
 FEW = pod_tasks.Pod("v5e:2x4", 16)

@@ -8,10 +8,11 @@ from flax import nnx
 
 from tokred.methods import make_plan
 from tokred.models.vit import ViT, ViTConfig
+from tokred.nn.skeleton import split_model
 from tokred.train.losses import ImageObjective
 from tokred.train.optimizer import make_optimizer
 from tokred.train.setup import REDUCTIONS, WEIGHTS
-from tokred.train.state import init_state, select_names, split_model
+from tokred.train.state import init_state, select_names
 from tokred.train.step import make_train_step
 
 CONFIG = ViTConfig(

@@ -11,12 +11,13 @@ from flax import nnx
 
 from tokred.methods import make_plan
 from tokred.models.vit import ViT, ViTConfig
+from tokred.nn.skeleton import split_model
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call
 from tokred.train.losses import ImageObjective, Teacher
 from tokred.train.mixing import Mixing
 from tokred.train.optimizer import make_optimizer
-from tokred.train.state import init_state, result, split_model
+from tokred.train.state import init_state, result
 from tokred.train.step import FAULTS, make_train_step
 
 CONFIG = ViTConfig(

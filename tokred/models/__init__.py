@@ -1,12 +1,14 @@
 """Models by size name. They take a Plan and know no method."""
 
 from tokred.models.decoder import Decoder, DecoderConfig, decoder_config
+from tokred.models.dual_encoder import DualEncoder, DualEncoderConfig
 from tokred.models.encoder_decoder import (
     Conditioned,
     EncoderDecoder,
     EncoderDecoderConfig,
     encoder_decoder_config,
 )
+from tokred.models.text_encoder import TextEncoder, TextEncoderConfig
 from tokred.models.vit import ViT, ViTConfig, vit_config
 from tokred.models.vlm import VLM, Prompted, VLMConfig
 from tokred.models.vlm_sizes import vlm_config
@@ -16,9 +18,13 @@ __all__ = [
     "Conditioned",
     "Decoder",
     "DecoderConfig",
+    "DualEncoder",
+    "DualEncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "Prompted",
+    "TextEncoder",
+    "TextEncoderConfig",
     "VLMConfig",
     "ViT",
     "ViTConfig",

@@ -1,4 +1,4 @@
-"""Decoders (Llama, Qwen, Gemma, Mistral) whose blocks offer every site."""
+"""Decoders (Llama, Qwen, Gemma, Mistral, GPT-2) whose blocks offer every site."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import PLAIN, KVCache, cache_reduction, make_cache
 from tokred.models.sizes import DECODERS, make_config
-from tokred.nn.decoder_block import BlockShape, DecoderBlock
+from tokred.nn.decoder_block import BlockShape, DecoderBlock, make_norm, same
 from tokred.nn.layers import Layers
 from tokred.nn.mlp import ACTIVATIONS
-from tokred.nn.norm import RMSNorm
 from tokred.plan import AROUND, Layout, Plan, nearest
 from tokred.report import Call, Report, make_report, reduce_model
 from tokred.tokens import Tokens, make_tokens
@@ -32,8 +31,11 @@ class DecoderConfig:
     as many. head_dim: None for width / heads. hidden: of the gated MLP, None for 8/3 width in
     multiples of 64. window: how many places back a query sees, None for all; in every layer but
     each `global_every`-th. tie: the output reads the embedding table. logit_cap, attention_cap:
-    bound logits c as cap tanh(c / cap). scale_embed: embeddings times sqrt(width). Other fields:
-    see `BlockShape`. scan: see `Layers`.
+    bound logits c as cap tanh(c / cap). scale_embed: embeddings times sqrt(width). local_theta:
+    rope_theta of the layers with a window, None for the same. rotary=False: a learned embedding
+    per position. segments: kinds of text with an embedding each, 0 for none. embed_norm: a norm
+    behind the embeddings. final_norm: one behind the layers. Other fields: see `BlockShape`. scan:
+    see `Layers`.
     """
 
     vocab: int = 259
@@ -46,8 +48,18 @@ class DecoderConfig:
     context: int = 2048
     activation: str = "silu"
     rope_theta: float = 10000.0
+    local_theta: float | None = None
+    rotary: bool = True
+    causal: bool = True
+    norm: str = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
+    norm_first: bool = True
+    embed_norm: bool = False
+    final_norm: bool = True
+    segments: int = 0
+    gated: bool = True
+    bias: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     post_norm: bool = False
@@ -86,7 +98,9 @@ class DecoderConfig:
                 f"DecoderConfig: activation={self.activation!r} must be one of {ACTIVATIONS}"
                 f"{nearest(self.activation, ACTIVATIONS)}"
             )
-        if self.shape(0).head_dim % 2:
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"DecoderConfig: norm={self.norm!r} must be 'rms' or 'layer'.")
+        if self.rotary and self.shape(0).head_dim % 2:
             raise ValueError(
                 f"DecoderConfig: head_dim={self.head_dim} must be even for rotary positions; "
                 "change width, heads or head_dim."
@@ -124,9 +138,8 @@ class DecoderConfig:
         projections = projected * sum(self.projection_macs)
         out = queries * self.pair_macs * self.width
         attended = 2 * queries * keys * self.pair_macs
-        feed = (
-            3 * max(self.experts, 1) * self.width * self.shape(0).hidden + self.experts * self.width
-        )
+        each = (2 + self.gated) * self.width * self.shape(0).hidden
+        feed = max(self.experts, 1) * each + self.experts * self.width
         return projections + out + attended + mlp * feed
 
     def outer_macs(self, tokens: Any) -> Any:
@@ -143,6 +156,7 @@ class DecoderConfig:
         return BlockShape(**{
             **fields,
             "window": None if far else self.window,
+            "rope_theta": self.rope_theta if far else self.local_theta or self.rope_theta,
             "implementation": self.attention,
         })  # fmt: skip
 
@@ -165,11 +179,15 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, plan: Plan = DENSE, rngs: nnx.Rngs):
         self.config = config
         c, kinds = config, {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.embed = nnx.Embed(
-            c.vocab, c.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
+        table = lambda rows: nnx.Embed(  # noqa: E731
+            rows, c.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
         )
+        self.embed = table(c.vocab)
+        self.places = None if c.rotary else table(c.context)
+        self.segments = table(c.segments) if c.segments else None
+        self.embed_norm = make_norm(c, c.width, rngs) if c.embed_norm else None
         self.blocks = nnx.List(DecoderBlock(c.shape(i), rngs=rngs) for i in range(c.depth))
-        self.norm = RMSNorm(c.width, epsilon=c.norm_eps, offset=c.norm_offset, **kinds)
+        self.norm = make_norm(c, c.width, rngs) if c.final_norm else same
         self.head = None if c.tie else nnx.Linear(
             c.width, c.vocab, use_bias=False, rngs=rngs, **kinds
         )  # fmt: skip
@@ -194,11 +212,25 @@ class Decoder(nnx.Module):
           ValueError: a sequence longer than the context, or a plan that does not fit the model.
           TypeError: ids that are no integers.
         """
-        check_ids(ids, self.config, plan)
-        place = count_positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
-        tokens = self.tokens(ids, valid, place, document, extra)
+        given = {"position": position, "document": document, "extra": extra}
+        tokens = self.embedded(ids, plan=plan, valid=valid, **given)
         tokens, report, _ = self.decode(tokens, plan=plan, call=call)
         return self.logits(tokens), report
+
+    def embedded(
+        self,
+        ids: Int[Array, "B N"],
+        *,
+        plan: Plan = DENSE,
+        valid: Bool[Array, "B N"] | None = None,
+        position: Num[Array, "B N"] | None = None,
+        document: Int[Array, "B N"] | None = None,
+        extra: dict[str, Array] | None = None,
+    ) -> Tokens:
+        """What enters the layers; arguments and errors as in a call."""
+        check_ids(ids, self.config, plan)
+        place = count_positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
+        return self.tokens(ids, valid, place, document, extra)
 
     def extend(
         self,
@@ -255,10 +287,17 @@ class Decoder(nnx.Module):
         document: Int[Array, "B N"] | None = None,
         extra: dict[str, Array] | None = None,
     ) -> Tokens:
-        """Embedded tokens at their positions."""
+        """Embedded tokens at their positions, of the segments in extra['segment'] (default: the
+        first)."""
         x = self.embed(ids)
         if self.config.scale_embed:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
+        if self.segments is not None:
+            x = x + self.segments((extra or {}).get("segment", jnp.zeros_like(ids)))
+        if self.places is not None:
+            x = x + self.places(jnp.maximum(position, 0).astype(jnp.int32))
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         place = [position] if document is None else [position, document]
         place = jnp.stack([p.astype(jnp.float32) for p in place], -1)
         return make_tokens(x, valid=valid, position=place, extra=extra or {})

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float
 from tokred.nn.block import Block
 from tokred.nn.embeddings import PatchEmbed, grid_positions, sincos_positions
 from tokred.nn.layers import Layers
+from tokred.nn.mlp import GELUS
+from tokred.nn.pool import AttentionPool, attention_pool_macs
 from tokred.plan import Layout, Plan, nearest
 from tokred.report import Call, Report, make_report, reduce_model
 from tokred.tokens import Tokens, make_tokens
@@ -28,7 +30,7 @@ SIZES = {
     "h": (1280, 32, 16),
 }
 POSITIONS = ("learned", "sincos", "learned_sincos")
-POOLS = ("class", "mean", "size_mean")
+POOLS = ("class", "mean", "size_mean", "class_mean", "map")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,15 @@ class ViTConfig:
     """Everything that shapes a ViT; all fields are static.
 
     patch_kernel: side of an overlapping patch embedding, None for the patch itself.
+    hidden: of the MLPs, None for mlp_ratio widths.
+    distill: a second token in front with a head of its own; logits are the mean of both (DeiT).
     position: 'learned', 'sincos' (fixed), 'learned_sincos' (learned from that start).
-    pool: 'class', 'mean' over patch tokens, or 'size_mean', which weighs merged tokens by size.
-    norm_after_pool: the final norm follows pooling (MAE) instead of preceding it.
-    classes: 0 for no head, where only features are wanted.
-    gelu: 'exact' | 'tanh'. drop_path: stochastic depth of the last layer, growing from 0.
+    pool: 'class', 'mean' over patch tokens, 'size_mean', which weighs merged tokens by size,
+    'class_mean', both beside each other (DINOv2), or 'map', a learned query's attention (SigLIP).
+    embed_norm: a norm in front of the layers (CLIP). norm_after_pool: the final norm follows
+    pooling (MAE, CLIP) instead of preceding it.
+    classes: 0 for no head, where only features are wanted. patch_bias, head_bias: of those.
+    gelu: 'exact' | 'tanh' | 'quick'. drop_path: stochastic depth of the last layer, growing from 0.
     scan: run equal layers under one compiled body; default False: compiling gets faster, but the
     step slower (README, 'Scanning').
     """
@@ -52,13 +58,18 @@ class ViTConfig:
     depth: int = 12
     heads: int = 6
     mlp_ratio: float = 4.0
+    hidden: int | None = None
     classes: int = 1000
     class_token: bool = True
+    distill: bool = False
     registers: int = 0
     position: str = "learned"
     pool: str = "class"
+    embed_norm: bool = False
     norm_after_pool: bool = False
     patch_kernel: int | None = None
+    patch_bias: bool = True
+    head_bias: bool = True
     qkv_bias: bool = True
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -81,9 +92,12 @@ class ViTConfig:
             )
         _one_of("position", self.position, POSITIONS)
         _one_of("pool", self.pool, POOLS)
-        _one_of("gelu", self.gelu, ("exact", "tanh"))
-        if self.pool == "class" and not self.class_token:
-            raise ValueError("ViTConfig: pool='class' needs class_token=True; or use pool='mean'.")
+        _one_of("gelu", self.gelu, tuple(GELUS))
+        if (self.pool.startswith("class") or self.distill) and not self.class_token:
+            raise ValueError(
+                f"ViTConfig: pool={self.pool!r} and distill={self.distill} need class_token=True; "
+                "or use pool='mean' and distill=False."
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -97,8 +111,23 @@ class ViTConfig:
 
     @property
     def prefix(self) -> int:
-        """Class token and registers."""
-        return int(self.class_token) + self.registers
+        """Class token, the one of distillation, and registers."""
+        return self.placed + self.registers
+
+    @property
+    def placed(self) -> int:
+        """Tokens in front that have a position of their own."""
+        return int(self.class_token) + int(self.distill)
+
+    @property
+    def feed_width(self) -> int:
+        """Of the hidden layer of an MLP."""
+        return int(self.width * self.mlp_ratio) if self.hidden is None else self.hidden
+
+    @property
+    def head_width(self) -> int:
+        """Of what the head reads."""
+        return 2 * self.width if self.pool == "class_mean" else self.width
 
     def layout_of(self, tokens: int) -> Layout:
         """The same for so many tokens at the first layer."""
@@ -125,14 +154,17 @@ class ViTConfig:
     def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
         """Of one layer, at these token counts."""
         projections = projected * sum(self.projection_macs) + queries * self.width**2
-        feed = 2 * mlp * self.width * int(self.width * self.mlp_ratio)
+        feed = 2 * mlp * self.width * self.feed_width
         return projections + 2 * queries * keys * self.pair_macs + feed
 
     def outer_macs(self, tokens: Any) -> int:
         """Of the embedding and the head."""
         (h, w), (a, b) = self.grid, self.patch
         a, b = (a, b) if self.patch_kernel is None else (self.patch_kernel,) * 2
-        return h * w * a * b * self.channels * self.width + self.width * self.classes
+        heads = (1 + self.distill) * self.head_width * self.classes
+        if self.pool == "map":
+            heads += attention_pool_macs(self.width, self.feed_width, tokens)
+        return h * w * a * b * self.channels * self.width + heads
 
 
 def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
@@ -172,18 +204,20 @@ class ViT(nnx.Module):
         c, layout = config, config.layout
         common = {"dtype": c.dtype, "param_dtype": c.param_dtype, "rngs": rngs}
         kernel = None if c.patch_kernel is None else (c.patch_kernel, c.patch_kernel)
-        self.embed = PatchEmbed(c.patch, c.channels, c.width, kernel=kernel, **common)
+        self.embed = PatchEmbed(
+            c.patch, c.channels, c.width, kernel=kernel, bias=c.patch_bias, **common
+        )
         draw = lambda n: nnx.Param(  # noqa: E731
             0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (n, c.width), c.param_dtype)
         )
-        self.cls = draw(1) if c.class_token else None
+        self.cls = draw(c.placed) if c.placed else None
         self.registers = draw(c.registers) if c.registers else None
         self.position = _position_table(c, rngs)
         self.blocks = nnx.List(
             Block(
                 c.width,
                 c.heads,
-                mlp_ratio=c.mlp_ratio,
+                hidden=c.feed_width,
                 qkv_bias=c.qkv_bias,
                 layer_scale=c.layer_scale,
                 gelu=c.gelu,
@@ -194,7 +228,17 @@ class ViT(nnx.Module):
             for _ in range(c.depth)
         )
         self.norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
-        self.head = nnx.Linear(c.width, c.classes, **common) if c.classes else None
+        self.embed_norm = None
+        if c.embed_norm:
+            self.embed_norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
+        self.pool = None
+        if c.pool == "map":
+            shape = {"gelu": c.gelu, "norm_eps": c.norm_eps}
+            self.pool = AttentionPool(c.width, c.heads, c.feed_width, **shape, **common)
+        head = lambda wanted: (  # noqa: E731
+            nnx.Linear(c.head_width, c.classes, use_bias=c.head_bias, **common) if wanted else None
+        )
+        self.head, self.head_distill = head(c.classes), head(c.classes and c.distill)
         self.reductions = nnx.Dict(plan.build(layout, rngs))
 
     def __call__(
@@ -222,12 +266,13 @@ class ViT(nnx.Module):
         c = self.config
         x = self.embed(images)
         table = self.position[...].astype(x.dtype)
-        front = [] if self.cls is None else [self.cls[...].astype(x.dtype) + table[:1]]
+        front = [] if self.cls is None else [self.cls[...].astype(x.dtype) + table[: c.placed]]
         if self.registers is not None:
             front.append(self.registers[...].astype(x.dtype))
         x = x + table[None, len(table) - x.shape[1] :]
         front = [jnp.broadcast_to(row[None], (x.shape[0], *row.shape)) for row in front]
         x = jnp.concatenate([*front, x], axis=1)
+        x = x if self.embed_norm is None else self.embed_norm(x)
         prefix = c.prefix
         place = np.concatenate([np.full((prefix, 2), -1, np.float32), grid_positions(c.grid)])
         place = jnp.broadcast_to(jnp.asarray(place)[None], (x.shape[0], *place.shape))
@@ -264,13 +309,21 @@ class ViT(nnx.Module):
         """Logits of pooled tokens, in float32. Raises ValueError without a head."""
         if self.head is None:
             raise ValueError("ViT: classes=0 has no head; set ViTConfig.classes, or call encode.")
-        x = pool_tokens(tokens, self.config.pool)
-        x = self.norm(x) if self.config.norm_after_pool else x
-        return self.head(x).astype(jnp.float32)
+        logits = self.head(self.features(tokens))
+        if self.head_distill is not None:
+            second = tokens.x[..., 1, :]
+            second = self.norm(second) if self.config.norm_after_pool else second
+            logits = (logits + self.head_distill(second)) / 2
+        return logits.astype(jnp.float32)
+
+    def features(self, tokens: Tokens) -> Float[Array, "B D"]:
+        """What the head reads: pooled tokens."""
+        x = pool_tokens(tokens, self.config.pool) if self.pool is None else self.pool(tokens)
+        return self.norm(x) if self.config.norm_after_pool else x
 
 
 def _position_table(c: ViTConfig, rngs: nnx.Rngs) -> Any:
-    rows = int(c.class_token) + c.grid[0] * c.grid[1]
+    rows = c.placed + c.grid[0] * c.grid[1]
     table = 0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (rows, c.width), c.param_dtype)
     if c.position != "learned":
         temperature = 100.0 if c.position == "learned_sincos" else 10000.0
@@ -280,9 +333,12 @@ def _position_table(c: ViTConfig, rngs: nnx.Rngs) -> Any:
 
 
 def pool_tokens(tokens: Tokens, pool: str) -> Float[Array, "*B D"]:
-    """'class': the first token · 'mean' of valid patch tokens · 'size_mean' weighed by size."""
+    """'class': the first token · 'mean' of valid patch tokens · 'size_mean' weighed by size ·
+    'class_mean' the first and the mean."""
     if pool == "class":
         return tokens.x[..., 0, :]
+    if pool == "class_mean":
+        return jnp.concatenate([tokens.x[..., 0, :], pool_tokens(tokens, "mean")], axis=-1)
     body = tokens.x[..., tokens.prefix :, :]
     weight = jnp.ones(tokens.x.shape[:-1]) if tokens.valid is None else tokens.valid
     weight = tokens.sizes() if pool == "size_mean" else weight

@@ -55,6 +55,11 @@ class VLMConfig:
             )
         if self.images < 1:
             raise ValueError(f"VLMConfig: images={self.images} must be at least 1; raise images.")
+        if not self.decoder.rotary:
+            raise ValueError(
+                "VLMConfig: decoder.rotary=False learns a place for every id, of which an image "
+                "takes several; use a decoder with rotary positions."
+            )
         depth = self.vision.depth
         if self.feature_layer is not None and not 1 <= self.feature_layer <= depth:
             raise ValueError(

@@ -44,8 +44,18 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array, Array]:
         """q, k, v [*B N H E]: per-token arrays, which maps may move."""
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)  # noqa: E731
-        return split(self.query(x)), split(self.key(x)), split(self.value(x))
+        return self.ask(x), *self.offer(x)
+
+    def ask(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N H E"]:
+        """The queries alone."""
+        return self._split(self.query(x))
+
+    def offer(self, x: Float[Array, "*B N D"]) -> tuple[Array, Array]:
+        """Keys and values."""
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def _split(self, y: Array) -> Float[Array, "*B N H E"]:
+        return y.reshape(*y.shape[:-1], self.heads, -1)
 
     def attend(self, q: Array, k: Array, v: Array, keys: Tokens) -> Float[Array, "*B N D"]:
         """The update of the queries; `keys` brings bias, validity and policy of k and v."""

@@ -8,18 +8,32 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tokred.nn.attention import Attention
-from tokred.nn.mlp import Mlp
+from tokred.nn.mlp import GELUS, Mlp
 from tokred.tokens import Tokens
 
 
-class Block(nnx.Module):
-    """x + s1 Attention(norm1 x), then x + s2 Mlp(norm2 x); s are LayerScales or 1."""
+class Residual(nnx.Module):
+    """Base of blocks: how the update of a branch joins the residual stream."""
+
+    def join(
+        self, x: Float[Array, "*B N D"], update: Float[Array, "*B N D"], branch: int
+    ) -> Float[Array, "*B N D"]:
+        """branch: 0 attention, 1 MLP, 2 cross-attention; static."""
+        return x + update
+
+
+class Block(Residual):
+    """x + s1 Attention(norm1 x), then x + s2 Mlp(norm2 x); s are LayerScales or 1.
+
+    hidden: of the MLP, None for mlp_ratio widths.
+    """
 
     def __init__(
         self,
         width: int,
         heads: int,
         *,
+        hidden: int | None = None,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
@@ -36,7 +50,8 @@ class Block(nnx.Module):
             width, heads, qkv_bias=qkv_bias, implementation=implementation, **common
         )
         self.norm2 = nnx.LayerNorm(width, epsilon=norm_eps, **common)
-        self.mlp = Mlp(width, int(width * mlp_ratio), kind=gelu, **common)
+        hidden = int(width * mlp_ratio) if hidden is None else hidden
+        self.mlp = Mlp(width, hidden, activation=GELUS[gelu], **common)
         scale = lambda: (  # noqa: E731
             None if layer_scale is None else nnx.Param(jnp.full((width,), layer_scale, param_dtype))
         )

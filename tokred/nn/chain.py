@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tokred.nn.mlp import gelu
+from tokred.nn.mlp import activate
 
-ACTS = {"gelu": lambda x: gelu(x, "exact"), "relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTS = ("gelu", "relu", "silu")
 LAYERS = ("norm", "linear", "bare", *ACTS)
 
 
@@ -69,7 +69,7 @@ class Chain(nnx.Module):
     def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N C"]:
         layers, kind = iter(self.layers), x.dtype
         for word in self.words:
-            x = ACTS[word](x) if word in ACTS else next(layers)(x).astype(kind)
+            x = activate(x, word) if word in ACTS else next(layers)(x).astype(kind)
         return x
 
 

@@ -1,4 +1,5 @@
-"""A causal transformer block (Llama, Qwen, Gemma, Mistral) in the parts that sites lie between."""
+"""A transformer block of text models (Llama, Qwen, Gemma, Mistral, GPT-2, BERT) in the parts that
+sites lie between."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Num
 
 from tokred.cache import LayerCache
+from tokred.nn.block import Residual
 from tokred.nn.experts import Experts
-from tokred.nn.mlp import GatedMlp
+from tokred.nn.mlp import GatedMlp, Mlp
 from tokred.nn.norm import RMSNorm
 from tokred.ops import attention, cached_attention, cached_probs, position_mask
 from tokred.rotary import rotary_rates, rotate, rotate_by
@@ -20,11 +22,13 @@ from tokred.tokens import Tokens
 class BlockShape:
     """All that shapes a block; static.
 
-    hidden: of the gated MLP. activation: one of `mlp.ACTIVATIONS`. window: how many places back a
-    query sees, None for all. attention_cap: see `ops.attention`. norm_offset: added to the norms'
-    scales.
-    post_norm: norms after the branches too (Gemma 2). experts: number of experts in place of one
-    MLP, 0 for none, of which a token takes `experts_per_token`.
+    hidden: of the MLP. activation: one of `mlp.ACTIVATIONS`. rotary: positions turn queries and
+    keys, else they are left to the model. causal: a query sees no later key. window: how many
+    places back it sees, None for all. attention_cap: see `ops.attention`.
+    norm: 'rms' or 'layer'. norm_offset: added to RMSNorm's scales. norm_first: a norm before each
+    branch, else behind its sum with the residual stream (BERT). post_norm: norms of the updates too
+    (Gemma 2). gated: the MLP is. bias: of the output projection and the MLP. experts: number of
+    experts in place of one MLP, 0 for none, of which a token takes `experts_per_token`.
     """
 
     width: int
@@ -35,7 +39,13 @@ class BlockShape:
     activation: str = "silu"
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    norm: str = "rms"
     norm_offset: float = 0.0
+    norm_first: bool = True
+    rotary: bool = True
+    causal: bool = True
+    gated: bool = True
+    bias: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     post_norm: bool = False
@@ -53,8 +63,9 @@ def _linear(shape: BlockShape, a: int, b: int, bias: bool, rngs: nnx.Rngs) -> nn
     return nnx.Linear(a, b, use_bias=bias, **common)
 
 
-class CausalAttention(nnx.Module):
-    """Grouped-query attention with rotary positions; who sees whom comes from positions alone."""
+class GroupedAttention(nnx.Module):
+    """Grouped-query attention, by default with rotary positions and causal: who sees whom comes
+    from positions alone."""
 
     def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
         s, inner, small = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -62,9 +73,9 @@ class CausalAttention(nnx.Module):
         self.query = _linear(s, s.width, inner, s.qkv_bias, rngs)
         self.key = _linear(s, s.width, small, s.qkv_bias, rngs)
         self.value = _linear(s, s.width, small, s.qkv_bias, rngs)
-        self.out = _linear(s, inner, s.width, False, rngs)
-        self.query_norm = _norm(s, s.head_dim) if s.qk_norm else None
-        self.key_norm = _norm(s, s.head_dim) if s.qk_norm else None
+        self.out = _linear(s, inner, s.width, s.bias, rngs)
+        self.query_norm = make_norm(s, s.head_dim, rngs) if s.qk_norm else None
+        self.key_norm = make_norm(s, s.head_dim, rngs) if s.qk_norm else None
 
     def project(
         self, x: Float[Array, "*B N D"], position: Num[Array, "*B N C"]
@@ -74,11 +85,15 @@ class CausalAttention(nnx.Module):
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        if not self.shape.rotary:
+            return q, k, v
         turn = lambda y: rotate(y, position[..., 0], self.shape.rope_theta)  # noqa: E731
         return turn(q), turn(k), v
 
-    def mask(self, queries: Tokens, keys: Tokens) -> Bool[Array, "*B N M"]:
-        """Which keys each query may see, validity aside."""
+    def mask(self, queries: Tokens, keys: Tokens) -> Bool[Array, "*B N M"] | None:
+        """Which keys each query may see, validity aside; None for all."""
+        if not self.shape.causal:
+            return None
         return position_mask(queries.position, keys.position, self.shape.window)
 
     def attend(
@@ -132,25 +147,37 @@ class CausalAttention(nnx.Module):
 
     @property
     def rates(self) -> Float[Array, " half"]:
-        """Of the rotation."""
-        return rotary_rates(self.shape.head_dim, self.shape.rope_theta)
+        """Of the rotation; zeros turn nothing."""
+        rates = rotary_rates(self.shape.head_dim, self.shape.rope_theta)
+        return rates if self.shape.rotary else jnp.zeros_like(rates)
 
 
-def _norm(shape: BlockShape, width: int) -> RMSNorm:
+def make_norm(shape: Any, width: int, rngs: nnx.Rngs) -> Any:
+    """RMSNorm or LayerNorm, as `norm` of a shape or config says."""
     kinds = {"dtype": shape.dtype, "param_dtype": shape.param_dtype}
+    if shape.norm == "layer":
+        return nnx.LayerNorm(width, epsilon=shape.norm_eps, rngs=rngs, **kinds)
     return RMSNorm(width, epsilon=shape.norm_eps, offset=shape.norm_offset, **kinds)
 
 
-class DecoderBlock(nnx.Module):
-    """u = x + Attention(norm1 x), then u + Mlp(norm2 u)."""
+class DecoderBlock(Residual):
+    """u = x + Attention(norm1 x), then u + Mlp(norm2 u); or, with norm_first=False,
+    u = close1(x + Attention(x)), then close2(u + Mlp(u))."""
 
     def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
-        self.norm1 = _norm(shape, shape.width)
-        self.attn = CausalAttention(shape, rngs=rngs)
-        self.norm2 = _norm(shape, shape.width)
+        norm = lambda wanted: make_norm(shape, shape.width, rngs) if wanted else None  # noqa: E731
+        self.norm1 = norm(shape.norm_first) or same
+        self.attn = GroupedAttention(shape, rngs=rngs)
+        self.norm2 = norm(shape.norm_first) or same
         self.mlp = _mlp(shape, rngs)
-        self.post1 = _norm(shape, shape.width) if shape.post_norm else None
-        self.post2 = _norm(shape, shape.width) if shape.post_norm else None
+        self.post1, self.post2 = norm(shape.post_norm), norm(shape.post_norm)
+        self.close1, self.close2 = norm(not shape.norm_first), norm(not shape.norm_first)
+
+    def join(
+        self, x: Float[Array, "*B N D"], update: Float[Array, "*B N D"], branch: int
+    ) -> Float[Array, "*B N D"]:
+        close = self.close2 if branch else self.close1
+        return x + update if close is None else close(x + update)
 
     def project(self, tokens: Tokens) -> tuple[Array, Array, Array]:
         """q [*B N H E], k and v [*B N G E] of the normalised tokens at their positions."""
@@ -199,13 +226,19 @@ class DecoderBlock(nnx.Module):
         return self.mlp.router(self.norm2(x))
 
 
-def _after(norm: RMSNorm | None, update: Array) -> Array:
+def same(x: Array) -> Array:
+    """Where no norm stands."""
+    return x
+
+
+def _after(norm: Any, update: Array) -> Array:
     return update if norm is None else norm(update)
 
 
 def _mlp(shape: BlockShape, rngs: nnx.Rngs) -> Any:
     kinds = {"dtype": shape.dtype, "param_dtype": shape.param_dtype, "rngs": rngs}
     if not shape.experts:
-        return GatedMlp(shape.width, shape.hidden, activation=shape.activation, **kinds)
+        how = {"activation": shape.activation, "bias": shape.bias, **kinds}
+        return (GatedMlp if shape.gated else Mlp)(shape.width, shape.hidden, **how)
     top_k = shape.experts_per_token
     return Experts(shape.width, shape.hidden, shape.experts, top_k=top_k, **kinds)

@@ -1,6 +1,7 @@
 """A layer of variable width: learners whose outputs add up, as many per token as a gate chooses."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -11,14 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from tokred.gates import straight_through
 from tokred.maps import Keep
-from tokred.nn.mlp import gelu
+from tokred.nn.mlp import activate
 from tokred.ops import top_k
 from tokred.ops.gather import aligned
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: gelu(x, "exact"),
-    "gelu_tanh": lambda x: gelu(x, "tanh"),
-    "silu": jax.nn.silu,
+    **{name: partial(activate, kind=name) for name in ("gelu", "gelu_tanh", "silu")},
     "identity": lambda x: x,
 }
 BIASES = ("all", "hidden", "output", "none")

@@ -7,46 +7,51 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+# ViTs name their GELU alone.
+GELUS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
+ACTIVATIONS = ("silu", "relu", *GELUS.values())
 
 
-def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """GELU by name: 'exact' (erf, as timm and torch) or 'tanh' (as big_vision and GPT-2)."""
-    if kind not in ("exact", "tanh"):
-        raise ValueError(f"gelu={kind!r} must be 'exact' or 'tanh'.")
-    return jax.nn.gelu(x, approximate=kind == "tanh")
+def activate(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
+    """An activation by name: 'gelu' (erf, as timm and torch), 'gelu_tanh' (as big_vision and
+    GPT-2), 'gelu_quick' (x sigmoid(1.702 x), as CLIP), 'silu' or 'relu'."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "relu":
+            return jax.nn.relu(x)
+        case "gelu_quick":
+            return x * jax.nn.sigmoid(1.702 * x)
+        case "gelu" | "gelu_tanh":
+            return jax.nn.gelu(x, approximate=kind == "gelu_tanh")
+    raise ValueError(f"activation={kind!r} must be one of {ACTIVATIONS}; change it.")
 
 
 class Mlp(nnx.Module):
-    """Linear, GELU, Linear."""
+    """Linear, activation, Linear; activation: one of `ACTIVATIONS`."""
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
-        kind: str = "exact",
+        activation: str = "gelu",
+        bias: bool = True,
         dtype: Any = None,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.kind = kind
-        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.activation = activation
+        common = {"use_bias": bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.fc1 = nnx.Linear(width, hidden, **common)
+        self.fc2 = nnx.Linear(hidden, width, **common)
 
     def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
-        return self.fc2(gelu(self.fc1(x), self.kind))
-
-
-def activate(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """An activation by name, one of `ACTIVATIONS`."""
-    if kind == "silu":
-        return jax.nn.silu(x)
-    return gelu(x, "tanh" if kind == "gelu_tanh" else "exact")
+        return self.fc2(activate(self.fc1(x), self.activation))
 
 
 class GatedMlp(nnx.Module):
-    """down(act(gate x) * up x), without biases; activation: one of `ACTIVATIONS`."""
+    """down(act(gate x) * up x), by default without biases; activation: one of `ACTIVATIONS`."""
 
     def __init__(
         self,
@@ -54,11 +59,12 @@ class GatedMlp(nnx.Module):
         hidden: int,
         *,
         activation: str = "silu",
+        bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        common = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        common = {"use_bias": bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
         self.gate = nnx.Linear(width, hidden, **common)
         self.up = nnx.Linear(width, hidden, **common)

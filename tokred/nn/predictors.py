@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from tokred.maps import Keep
 from tokred.nn.attention import Attention
-from tokred.nn.mlp import Mlp, gelu
+from tokred.nn.mlp import Mlp, activate
 from tokred.nn.routers import KeepPredictor
 from tokred.ops.attention import NEGATIVE
 
@@ -23,7 +23,7 @@ class ExitRouter(nnx.Module):
         self.fc2 = nnx.Linear(hidden, 2, use_bias=False, rngs=rngs)
 
     def __call__(self, feature: Float[Array, "*B F"]) -> Float[Array, "*B 2"]:
-        return self.fc2(gelu(self.fc1(feature.astype(jnp.float32)), "exact"))
+        return self.fc2(activate(self.fc1(feature.astype(jnp.float32)), "gelu"))
 
 
 class Thresholds(nnx.Module):

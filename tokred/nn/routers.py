@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.boundary import boundary_chance
-from tokred.nn.mlp import GatedMlp, gelu
+from tokred.nn.mlp import GatedMlp, activate
 from tokred.nn.norm import RMSNorm
 
 
@@ -29,13 +29,13 @@ class KeepPredictor(nnx.Module):
         self, x: Float[Array, "*B N D"], kept: Float[Array, "*B N"]
     ) -> Float[Array, "*B N 2"]:
         """`kept` weighs tokens in the shared half: 1 kept, 0 dropped before."""
-        y = gelu(self.embed(self.norm(x)), "exact")
+        y = activate(self.embed(self.norm(x)), "gelu")
         local, shared = jnp.split(y, 2, axis=-1)
         weight = kept[..., None].astype(y.dtype)
         mass = jnp.maximum(weight.sum(-2, keepdims=True), 1e-6)
         mean = (shared * weight).sum(-2, keepdims=True) / mass
         y = jnp.concatenate([local, jnp.broadcast_to(mean, shared.shape)], axis=-1)
-        y = self.fc3(gelu(self.fc2(gelu(self.fc1(y), "exact")), "exact"))
+        y = self.fc3(activate(self.fc2(activate(self.fc1(y), "gelu")), "gelu"))
         return jax.nn.log_softmax(y.astype(jnp.float32), axis=-1)
 
 

@@ -109,11 +109,12 @@ class Here:
         q, k, v = block.project(tokens)
         return Seen(q, k, v, tokens.x, tokens, **block.evidence(tokens))
 
-    def path(self, update: Array, branch: int) -> Array:
-        """Stochastic depth of one branch."""
-        if not self.call.train or self.call.key is None:
-            return update
-        return drop_path(update, self.drop, jax.random.fold_in(self.call.key, 7919 + branch))
+    def join(self, tokens: Tokens, update: Array, branch: int) -> Tokens:
+        """A branch's update added, by stochastic depth in training."""
+        if self.call.train and self.call.key is not None:
+            key = jax.random.fold_in(self.call.key, 7919 + branch)
+            update = drop_path(update, self.drop, key)
+        return tokens.replace(x=self.block.join(tokens.x, update, branch))
 
     def attend(
         self, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens
@@ -159,8 +160,7 @@ def run_block(here: Here, tokens: Tokens) -> Ran:
 def _whole(here: Here, tokens: Tokens) -> Ran:
     tokens, attended, source, cache = _around(here, "around_attention", tokens, _attention)
     if here.memory is not None:
-        update = here.block.look(tokens.x, here.memory)
-        tokens = tokens.replace(x=tokens.x + here.path(update, 2))
+        tokens = here.join(tokens, here.block.look(tokens.x, here.memory), 2)
     tokens, fed, _, _ = _around(here, "around_mlp", tokens, _mlp)
     return Ran(tokens, attended + fed, source, cache)
 
@@ -232,8 +232,7 @@ def _attention(here: Here, tokens: Tokens) -> Ran:
     if moved and tokens.policy is not None:
         raise ValueError(f"layer {here.layer}: a policy needs all queries and keys; use one twin.")
     update, cache = here.attend(q, k, v, queries, keys)
-    tokens = queries.replace(x=queries.x + here.path(update, 0))
-    tokens = _store(here, tokens, seen)
+    tokens = _store(here, here.join(queries, update, 0), seen)
     after, middle = here.reduce("mid", tokens, seen)
     return Ran(after, at_keys + at_queries + middle, queries.sources(), cache)
 
@@ -256,7 +255,8 @@ def _mlp(here: Here, tokens: Tokens) -> Ran:
     extra = dict(tokens.extra)
     weight = extra.pop(EXPERT_WEIGHT, None)  # of this layer's experts alone
     feed = here.block.feed if weight is None else partial(here.block.feed, experts=weight)
-    update = here.path(feed(tokens.x), 1)
+    update = feed(tokens.x)
     if here.mlp_weight is not None:
         update = update * here.mlp_weight[..., None].astype(update.dtype)
-    return Ran(tokens.replace(x=tokens.x + update, extra=extra), (), tokens.sources(), here.cache)
+    tokens = here.join(tokens.replace(extra=extra), update, 1)
+    return Ran(tokens, (), tokens.sources(), here.cache)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import LayerCache, Memory
+from tokred.nn.block import Residual
 from tokred.nn.mlp import GatedMlp
 from tokred.nn.norm import RMSNorm
 from tokred.ops import attention, cached_attention, cached_probs, position_mask
@@ -154,7 +155,7 @@ def t5_norm(shape: T5Shape) -> RMSNorm:
     return RMSNorm(shape.width, epsilon=shape.norm_eps, **kinds)
 
 
-class T5Block(nnx.Module):
+class T5Block(Residual):
     """u = x + Attention(norm1 x), then u + Cross(norm_cross u), then u + Mlp(norm2 u).
 
     relative: one module, shared by all blocks of a stack.

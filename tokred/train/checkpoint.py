@@ -16,7 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tokred.train.state import Arrays, State, Weights, by_path, result
+from tokred.nn.skeleton import Arrays, Weights, by_path
+from tokred.train.state import State, result
 
 FORMAT = 2  # rises when a checkpoint is no longer what older code expects
 METRIC = "accuracy"

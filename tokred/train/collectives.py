@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from tokred.train.state import Weights
+from tokred.nn.skeleton import Weights
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

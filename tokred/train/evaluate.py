@@ -12,13 +12,14 @@ from jaxtyping import Array
 
 from tokred import cost, viz
 from tokred.methods import get_method, make_plan
+from tokred.nn.skeleton import Arrays, Weights
 from tokred.plan import Plan
 from tokred.train.inputs import Inputs
 from tokred.train.loop import Around, Stage, run_stage
 from tokred.train.mesh import round_up, to_mesh
 from tokred.train.processes import is_main, to_host
 from tokred.train.setup import WEIGHTS, Setup, learned_plan
-from tokred.train.state import Arrays, Weights, result
+from tokred.train.state import result
 from tokred.train.step import make_eval_step, make_forward
 from tokred.train.text import bits_per_byte
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from tokred import cost, viz
 from tokred.models.generate import generate
+from tokred.nn.skeleton import Weights
 from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config
@@ -27,7 +28,6 @@ from tokred.train.job import run_job
 from tokred.train.mesh import to_mesh
 from tokred.train.seeds import read_seeds
 from tokred.train.setup import Setup, learned_plan, make_setup, restore_setup
-from tokred.train.state import Weights
 
 Row = dict[str, Any]
 STEPS = 64  # of decoding, or what half of the sequence has room for

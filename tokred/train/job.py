@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from tokred import viz
+from tokred.nn.skeleton import Weights
 from tokred.train.checkpoint import METRIC, Checkpoints
 from tokred.train.clock import Clock, Tracer, format_summary
 from tokred.train.config import Config, to_json
@@ -22,7 +23,7 @@ from tokred.train.mesh import check_batch
 from tokred.train.processes import Preemption, flat_fields, is_main, require_same_config
 from tokred.train.setup import Setup, learned_plan, make_setup, restore_setup
 from tokred.train.start import starting_weights
-from tokred.train.state import State, Weights, result
+from tokred.train.state import State, result
 
 # What may not change midway; mesh, log, checkpoint and evaluate may.
 TRAINS = (

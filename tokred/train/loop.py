@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from tokred.data.pipeline import Batches
+from tokred.nn.skeleton import Arrays, Skeleton, Weights
 from tokred.train.clock import Clock, Tracer
 from tokred.train.guards import Watch, read_metrics
 from tokred.train.log import Progress, RunLog
@@ -26,7 +27,7 @@ from tokred.train.mesh import (
 )
 from tokred.train.optimizer import make_optimizer
 from tokred.train.processes import Preempted
-from tokred.train.state import Arrays, Skeleton, State, Weights, init_state, select_names
+from tokred.train.state import State, init_state, select_names
 from tokred.train.step import Metrics, TrainStep, make_train_step
 
 Place = dict[str, Any]

@@ -11,12 +11,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tokred import cost
+from tokred.nn.skeleton import Arrays, Skeleton
 from tokred.plan import Layout, Plan
 from tokred.report import Call, Report
 from tokred.train.distill import match_features, match_logits
 from tokred.train.metrics import batch_sums, told
 from tokred.train.mixing import Mixing
-from tokred.train.state import Arrays, Skeleton
 from tokred.train.varied import Varied
 
 DENSE = Plan()

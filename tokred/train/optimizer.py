@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from tokred.train.state import Arrays
+from tokred.nn.skeleton import Arrays
 
 LAST = ("norm", "head", "reductions")  # behind all blocks
 

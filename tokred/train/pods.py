@@ -32,6 +32,7 @@ from tokred.models.buckets import encode_in_buckets
 from tokred.models.decoder import DecoderConfig
 from tokred.models.encoder_decoder import EncoderDecoderConfig
 from tokred.models.vlm import VLMConfig
+from tokred.nn.skeleton import Weights, split_model
 from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.collectives import count_activation_gathers, count_collectives
@@ -41,7 +42,7 @@ from tokred.train.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated,
 from tokred.train.optimizer import make_optimizer
 from tokred.train.pod_tasks import PODS, TASKS, Pod, Task
 from tokred.train.seq2seq import Seq2SeqObjective
-from tokred.train.state import Weights, init_state, split_model
+from tokred.train.state import init_state
 from tokred.train.step import make_train_step
 from tokred.train.talk import TalkObjective
 from tokred.train.text import TextObjective

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tokred.methods import diffrate, get_method, make_plan
+from tokred.nn.skeleton import Arrays, Skeleton, Weights, split_model
 from tokred.plan import Layout, Plan
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config, from_json, model_config
@@ -19,14 +20,7 @@ from tokred.train.loop import Stage
 from tokred.train.losses import Objective, Teacher
 from tokred.train.mesh import RULES, Rules, make_mesh, replicated, with_places
 from tokred.train.processes import to_host
-from tokred.train.state import (
-    Arrays,
-    Skeleton,
-    State,
-    Weights,
-    born_sharded,
-    split_model,
-)
+from tokred.train.state import State, born_sharded
 from tokred.train.varied import Varied, vary_options
 
 WEIGHTS = "^(?!reductions/)"

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokred.interop import T5, is_exported, read_params, read_settings
+from tokred.nn.skeleton import Arrays, Weights
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config
 from tokred.train.setup import Setup
-from tokred.train.state import Arrays, Weights
 
 EXPORTED = {"seq2seq": T5}  # rules by task
 

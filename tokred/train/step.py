@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from tokred.nn.skeleton import Arrays, Skeleton, Weights
 from tokred.plan import Layout
 from tokred.report import Call, Report
 from tokred.train.losses import Objective
 from tokred.train.optimizer import ema_decay, update_ema
-from tokred.train.state import Arrays, Skeleton, State, Weights
+from tokred.train.state import State
 
 Batch = Mapping[str, Any]  # arrays of numpy or of JAX
 Metrics = dict[str, Array]
