@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from tokred.interop import T5, is_exported, read_params, t5_config
+from tokred.interop import Source, is_exported
+from tokred.interop.t5 import t5_config
 from tokred.models import EncoderDecoder, EncoderDecoderConfig
 from tokred.nn.skeleton import split_model
 from tokred.train.config import load_config, model_config
@@ -90,7 +91,7 @@ def write(directory: Path, tensors: dict[str, np.ndarray], files: int = 1, **mor
 def load(directory: Path, config: EncoderDecoderConfig = CONFIG) -> EncoderDecoder:
     model = nnx.eval_shape(lambda: EncoderDecoder(config, rngs=nnx.Rngs(0)))
     skeleton, shapes = split_model(model)
-    return skeleton.merge(read_params(directory, T5, shapes.params), shapes.rest)
+    return skeleton.merge(Source(directory).read(config, shapes.params), shapes.rest)
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -119,8 +120,8 @@ def test_the_config_of_a_directory():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.pop("lm_head.weight"), "head/kernel' are not stored"),
-        (lambda t: t.update(other=t["shared.weight"]), "'other' belong to no parameter"),
+        (lambda t: t.pop("lm_head.weight"), "are not stored: 'head/kernel'"),
+        (lambda t: t.update(other=t["shared.weight"]), "belong to no parameter, 'other'"),
         (lambda t: t.update({"shared.weight": t["shared.weight"][:-1]}), r"\(39, 16\)"),
     ],
 )
@@ -134,7 +135,7 @@ def test_weights_that_do_not_fit(change, match: str, tmp_path: Path):
 
 def test_another_depth_is_named(tmp_path: Path):
     write(tmp_path, stored(spread(1)))
-    with pytest.raises(ValueError, match=r"encoder/blocks/2/attn/key/kernel' are not stored"):
+    with pytest.raises(ValueError, match=r"are not stored: 'encoder/blocks/2/attn/key/kernel'"):
         load(tmp_path, dataclasses.replace(CONFIG, depth=3))
 
 

@@ -1,6 +1,17 @@
 """Weights in and out under the names that other libraries write to disk."""
 
-from tokred.interop.safetensors import is_exported, read_params, read_settings
-from tokred.interop.t5 import T5, t5_config
+from tokred.interop.attach import what_fits
+from tokred.interop.families import FAMILIES, Source
+from tokred.interop.loaded import Loaded, attach, load, save
+from tokred.interop.safetensors import is_exported
 
-__all__ = ["T5", "is_exported", "read_params", "read_settings", "t5_config"]
+__all__ = [
+    "FAMILIES",
+    "Loaded",
+    "Source",
+    "attach",
+    "is_exported",
+    "load",
+    "save",
+    "what_fits",
+]

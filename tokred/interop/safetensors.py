@@ -1,7 +1,7 @@
 """Directories as Hugging Face writes them: safetensors, in one file or several, and config.json."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tokred.interop.names import Rule, find_rules
+from tokred.interop.names import Found, few
 
 ONE, MANY = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+Get = Callable[[str], np.ndarray]
 
 
 def is_exported(directory: str | Path) -> bool:
@@ -27,62 +29,108 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def read_params(
-    directory: str | Path, rules: Sequence[Rule], wanted: Mapping[str, Any]
-) -> dict[str, Array]:
-    """Every parameter of `wanted`, shapes with a type and perhaps a sharding, by its path.
-
-    One array after another is read, changed and placed, so that nothing is ever held twice.
+def stored_files(directory: str | Path) -> dict[str, Path]:
+    """The file of every stored name.
 
     Raises:
-      FileNotFoundError: no weights there. ImportError: safetensors is not installed.
-      ValueError: stored names that no rule knows, parameters that nothing is stored for, those that
-        the model lacks, or other shapes; the sentence names the first.
+      FileNotFoundError: no weights there. ValueError: pickled ones, which are never read, or a file
+        that is cut off or of another kind.
     """
-    files = _files(Path(directory))
-    found = find_rules(files, rules)
-    for what, names in (
-        ("are not stored", [*wanted.keys() - found.keys()]),
-        ("are stored, but the model lacks them", [*found.keys() - wanted.keys()]),
-    ):
-        if names:
-            raise ValueError(
-                f"{directory}: {len(names)} parameters such as {min(names)!r} {what}; give the "
-                "model the shape of config.json there."
-            )
-    return {path: _place(path, *found[path], files, shape) for path, shape in wanted.items()}
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """The file of every stored name."""
+    directory = Path(directory)
     if (directory / MANY).is_file():
         where = json.loads((directory / MANY).read_text())["weight_map"]
         return {name: directory / file for name, file in where.items()}
-    if not (directory / ONE).is_file():
-        raise FileNotFoundError(
-            f"{directory} holds neither {ONE} nor {MANY}; convert the weights to safetensors."
+    if (directory / ONE).is_file():
+        with open_file(directory / ONE) as file:
+            return {name: directory / ONE for name in file.keys()}  # noqa: SIM118
+    found = [p.name for p in directory.glob("*") if p.suffix in PICKLES]
+    if found:
+        raise ValueError(
+            f"{directory} holds {few(found)}: such files can run code when they are read and are "
+            "refused; convert them to safetensors where they come from."
         )
-    with _open(directory / ONE) as file:
-        return {name: directory / ONE for name in file.keys()}  # noqa: SIM118
+    raise FileNotFoundError(
+        f"{directory} holds neither {ONE} nor {MANY}; convert the weights to safetensors."
+    )
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """A reader of one file, which loads arrays by name."""
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(
             "weights in safetensors need the library of that name; run "
             '`pip install "tokred[export]"`.'
         ) from error
-    return safe_open(path, framework="numpy")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is named in {MANY}, but is not there; copy it too.")
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is cut off, or no safetensors file ({error}); copy it again."
+        ) from None
 
 
-def _place(path: str, name: str, rule: Rule, files: Mapping[str, Path], shape: Any) -> Array:
-    with _open(files[name]) as file:
-        array = np.ascontiguousarray(rule.change(file.get_tensor(name)))
+def place_params(
+    where: str, found: Sequence[Found], get: Get, wanted: Mapping[str, Any]
+) -> dict[str, Array]:
+    """Every parameter of `wanted` by its path: one array after another is read, changed and placed,
+    so that nothing is ever held twice. where: for errors.
+
+    Raises:
+      ValueError: parameters that nothing is stored for, those that the model lacks, other shapes,
+        or NaN; the sentence names the first ten.
+    """
+    paths = {path for each in found for path in each.paths}
+    for what, names in (
+        ("are not stored", wanted.keys() - paths),
+        ("are stored, but the model lacks them", paths - wanted.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"{where}: {len(names)} parameters {what}: {few(names)}; give the model the shape "
+                "of config.json there."
+            )
+    params = {}
+    for each in found:
+        if each.paths:
+            arrays = each.rule.change.read(get(each.name))
+            arrays = [arrays] if isinstance(each.rule.path, str) else arrays
+            for path, array in zip(each.paths, arrays, strict=True):
+                params[path] = _place(where, each.name, path, array, wanted[path])
+    return params
+
+
+def _place(where: str, name: str, path: str, array: np.ndarray, shape: Any) -> Array:
     if array.shape != shape.shape:
         raise ValueError(
-            f"{files[name]}: {name!r} gives {path!r} the shape {array.shape}, the model has "
+            f"{where}: {name!r} gives {path!r} the shape {array.shape}, the model has "
             f"{shape.shape}; give the model the shape of config.json there."
         )
-    return jax.device_put(array.astype(shape.dtype), getattr(shape, "sharding", None))
+    if np.isnan(array).any():
+        raise ValueError(f"{where}: {name!r} holds NaN; take the weights from elsewhere.")
+    array = np.ascontiguousarray(array, dtype=shape.dtype).reshape(shape.shape)  # of scalars
+    return jax.device_put(array, getattr(shape, "sharding", None))
+
+
+def write_params(
+    directory: Path, files: Mapping[str, Path], found: Sequence[Found], params: Mapping[str, Any]
+) -> None:
+    """Files like those of every name with these parameters: same names, types and shards. What no
+    parameter is made of is copied."""
+    from safetensors.numpy import save_file
+
+    rules = {each.name: each for each in found}
+    for path in sorted(set(files.values())):
+        tensors = {}
+        with open_file(path) as file:
+            for name in (name for name, where in files.items() if where == path):
+                old, each = file.get_tensor(name), rules[name]
+                new = [np.asarray(params[p]) for p in each.paths]
+                if new:
+                    one = isinstance(each.rule.path, str)
+                    old = each.rule.change.write(new[0] if one else new).astype(old.dtype)
+                tensors[name] = np.ascontiguousarray(old).reshape(old.shape)
+            save_file(tensors, directory / path.name, metadata=file.metadata())

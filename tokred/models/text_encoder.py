@@ -89,9 +89,9 @@ class TextEncoder(nnx.Module):
         kinds = {"dtype": c.dtype, "param_dtype": c.param_dtype, "rngs": rngs}
         self.trunk = Decoder(c, plan=plan, rngs=rngs)
         self.pooler = nnx.Linear(c.width, c.width, **kinds) if config.tanh else None
-        self.head = None
-        if config.classes:
-            self.head = nnx.Linear(c.width, config.classes, use_bias=config.head_bias, **kinds)
+        self.head = None if not config.classes else nnx.Linear(
+            c.width, config.classes, use_bias=config.head_bias, **kinds
+        )  # fmt: skip
 
     @property
     def reductions(self) -> nnx.Dict:

@@ -210,7 +210,8 @@ class ViT(nnx.Module):
         draw = lambda n: nnx.Param(  # noqa: E731
             0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (n, c.width), c.param_dtype)
         )
-        self.cls = draw(c.placed) if c.placed else None
+        self.cls = draw(1) if c.class_token else None
+        self.distill = draw(1) if c.distill else None
         self.registers = draw(c.registers) if c.registers else None
         self.position = _position_table(c, rngs)
         self.blocks = nnx.List(
@@ -227,14 +228,12 @@ class ViT(nnx.Module):
             )
             for _ in range(c.depth)
         )
-        self.norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
-        self.embed_norm = None
-        if c.embed_norm:
-            self.embed_norm = nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)
-        self.pool = None
-        if c.pool == "map":
-            shape = {"gelu": c.gelu, "norm_eps": c.norm_eps}
-            self.pool = AttentionPool(c.width, c.heads, c.feed_width, **shape, **common)
+        norm = lambda: nnx.LayerNorm(c.width, epsilon=c.norm_eps, **common)  # noqa: E731
+        pool = {"gelu": c.gelu, "norm_eps": c.norm_eps, **common}
+        self.embed_norm, self.norm = norm() if c.embed_norm else None, norm()
+        self.pool = None if c.pool != "map" else AttentionPool(
+            c.width, c.heads, c.feed_width, **pool
+        )  # fmt: skip
         head = lambda wanted: (  # noqa: E731
             nnx.Linear(c.head_width, c.classes, use_bias=c.head_bias, **common) if wanted else None
         )
@@ -266,7 +265,8 @@ class ViT(nnx.Module):
         c = self.config
         x = self.embed(images)
         table = self.position[...].astype(x.dtype)
-        front = [] if self.cls is None else [self.cls[...].astype(x.dtype) + table[: c.placed]]
+        own = [token for token in (self.cls, self.distill) if token is not None]
+        front = [token[...].astype(x.dtype) + table[i][None] for i, token in enumerate(own)]
         if self.registers is not None:
             front.append(self.registers[...].astype(x.dtype))
         x = x + table[None, len(table) - x.shape[1] :]

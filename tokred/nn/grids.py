@@ -53,20 +53,23 @@ def adaptive_pool_matrix(n: int, k: int) -> Float[np.ndarray, "{k} {n}"]:
 
 @functools.cache
 def resize_matrix(
-    n: int, k: int, kind: str = "bicubic", align_corners: bool = False
+    n: int, k: int, kind: str = "bicubic", align_corners: bool = False, antialias: bool = False
 ) -> Float[np.ndarray, "{k} {n}"]:
-    """y = matrix x interpolates n points at k, without antialiasing: torch's `interpolate`.
+    """y = matrix x interpolates n points at k: torch's `interpolate`.
 
     kind: 'bicubic' (a = -0.75) | 'bilinear'; of one axis, see `grid_matrix`. align_corners: the
     first and the last point stay where they are, else the edges of the first and the last cell.
-    Beyond the edge lies the last point again. Read-only.
+    Beyond the edge lies the last point again. antialias: as Pillow resizes, bicubic with a = -0.5,
+    where nothing lies beyond the edge. Read-only.
 
     Raises:
-      ValueError: an unknown kind, or a size below 1.
+      ValueError: an unknown kind, a size below 1, or antialias with align_corners.
     """
     _check_sizes("resize_matrix", n, k)
     if kind not in KERNELS:
         raise ValueError(f"resize_matrix: kind={kind!r} must be one of {tuple(KERNELS)}.")
+    if antialias:
+        return _antialiased(n, k, kind, align_corners)
     i = np.arange(k)
     place = i * (n - 1) / max(k - 1, 1) if align_corners else (i + 0.5) * n / k - 0.5
     taps = np.floor(place)[:, None] + np.arange(-1, 3)
@@ -74,6 +77,15 @@ def resize_matrix(
     matrix = np.zeros((k, n))
     np.add.at(matrix, (i[:, None], np.clip(taps, 0, n - 1).astype(int)), weights)
     return _constant(matrix)
+
+
+def _antialiased(n: int, k: int, kind: str, align_corners: bool) -> np.ndarray:
+    if align_corners:
+        raise ValueError("resize_matrix: antialias=True takes no align_corners; drop one of them.")
+    kernel = KERNELS[kind] if kind == "bilinear" else functools.partial(_cubic, a=-0.5)
+    middle, stretch = (np.arange(k)[:, None] + 0.5) * n / k, max(n / k, 1.0)
+    weights = kernel(np.abs(np.arange(n)[None] + 0.5 - middle) / stretch)
+    return _constant(weights / weights.sum(1, keepdims=True))
 
 
 def grid_matrix(

@@ -1,15 +1,12 @@
 """The weights that a run starts from: fresh ones, another run's, or an exported model's."""
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from tokred.interop import T5, is_exported, read_params, read_settings
+from tokred.interop import Source, is_exported
 from tokred.nn.skeleton import Arrays, Weights
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config
 from tokred.train.setup import Setup
-
-EXPORTED = {"seq2seq": T5}  # rules by task
 
 
 def starting_weights(setup: Setup) -> Weights:
@@ -41,17 +38,12 @@ def _finished(setup: Setup, part: str, start: str, params: Arrays) -> Arrays:
 
 
 def _exported(setup: Setup, part: str, start: str, params: Arrays) -> Arrays:
-    config, kind = setup.config, part or setup.config.task
-    if kind not in EXPORTED:
-        raise ValueError(
-            f"{str(start)!r}, in config.start_{'parts' if part else 'from'}, holds exported "
-            f"weights, which models of {kind!r} cannot read; use one of {list(EXPORTED)}."
-        )
-    settings: Mapping[str, Any] = read_settings(start)
-    if "use_softmax1" in settings:  # plain T5 does not say: MrT5 goes on from it with either
-        _require_same_softmax(config, bool(settings["use_softmax1"]))
-    wanted = {name: array for name, array in params.items() if not _is_reduction(name)}
-    return read_params(start, EXPORTED[kind], wanted)
+    source, model = Source(Path(start)), setup.model
+    if "use_softmax1" in source.settings:  # plain T5 does not say: MrT5 goes on from it with either
+        _require_same_softmax(setup.config, bool(source.settings["use_softmax1"]))
+    own = _is_own if part else _is_reduction
+    wanted = {name: array for name, array in params.items() if not own(name)}
+    return source.read(getattr(model, part) if part else model, wanted)
 
 
 def _is_reduction(name: str) -> bool:

@@ -1,0 +1,114 @@
+"""Plans for models that exist, and what fits them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokred.methods import get_method, list_methods, make_plan
+from tokred.models import VLM, DualEncoder, EncoderDecoder, ViT
+from tokred.nn.skeleton import split_model
+from tokred.plan import Plan, Reduction, Site
+from tokred.report import Call
+
+
+def find_plan(
+    model: Any,
+    reduction: Plan | Reduction | str,
+    layers: Sequence[int] | None,
+    site: str,
+    options: Mapping[str, Any],
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and the options that a named method was given; see `attach`."""
+    layout = model.config.layout
+    if isinstance(reduction, str):
+        where = {} if layers is None else {"layers": tuple(layers)}
+        given = {**options, **where}
+        return make_plan(reduction, layout, **given), given
+    if options:
+        raise ValueError(
+            f"attach: options {sorted(options)} belong to a method's name, got a "
+            f"{type(reduction).__name__}; set them there."
+        )
+    if isinstance(reduction, Plan):
+        plan = reduction
+    elif layers is None:
+        raise ValueError("attach: a Reduction needs layers=, where it acts; name them.")
+    else:
+        steps = tuple((Site(site, layer), reduction) for layer in layers)
+        plan = Plan(steps, name=type(reduction).__name__).within(layout.part)
+    plan.counts(layout)
+    return plan, {}
+
+
+def attached(model: Any, plan: Plan, seed: int) -> Any:
+    """The model with the modules that the plan learns; its own arrays are shared, not copied."""
+    make = lambda key: type(model)(model.config, plan=plan, rngs=nnx.Rngs(key))  # noqa: E731
+    key = jax.random.key(seed)
+    skeleton, shapes = split_model(nnx.eval_shape(lambda: make(key)))
+    own = split_model(model)[1]
+    missing = [name for name in shapes.params if name not in own.params]
+    foreign = [name for name in missing if "reductions/" not in name]
+    foreign += [n for n in own.params.keys() - shapes.params.keys() if "reductions/" not in n]
+    if foreign:
+        raise ValueError(
+            f"plan {plan.name!r} changes the model's own parameters, such as {foreign[0]!r}; build "
+            "a new model with plan= and train it."
+        )
+    new = {}
+    if missing:  # what is not asked for is never computed
+        draw = lambda key: {n: split_model(make(key))[1].params[n] for n in missing}  # noqa: E731
+        new = jax.jit(draw)(key)
+    params = {n: new[n] if n in new else own.params[n] for n in shapes.params}
+    return skeleton.merge(params, own.rest)
+
+
+def what_fits(model: Any) -> list[dict[str, Any]]:
+    """Every method with its defaults: {'method', 'fits', 'learned', 'why'}, why it does not.
+
+    Each is built and traced, nothing is computed.
+    """
+    return [_fit(model, method.name) for method in list_methods()]
+
+
+def _fit(model: Any, name: str) -> dict[str, Any]:
+    row = {"method": name, "fits": True, "learned": get_method(name).learned, "why": ""}
+    try:
+        plan, _ = find_plan(model, name, None, "mid", {})
+        make = lambda: type(model)(model.config, plan=plan, rngs=nnx.Rngs(0))  # noqa: E731
+        skeleton, shapes = split_model(nnx.eval_shape(make))
+        alike = shapes.params.keys() ^ split_model(model)[1].params.keys()
+        if any("reductions/" not in path for path in alike):
+            raise ValueError("it changes the model's own parameters")
+        inputs = example(model)
+
+        def run(params: Any, rest: Any, key: Any) -> Any:
+            call = Call(key=key)
+            return skeleton.merge(params, rest)(*inputs, plan=plan, call=call)[0]
+
+        jax.eval_shape(run, shapes.params, shapes.rest, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        row |= {"fits": False, "why": str(error).split("\n")[0]}
+    return row
+
+
+def example(model: Any, batch: int = 1) -> tuple[Any, ...]:
+    """Inputs of the right shapes: zeros."""
+    config = model.config
+    if isinstance(model, ViT):
+        return (jnp.zeros((batch, *config.image_size, config.channels)),)
+    if isinstance(model, DualEncoder):
+        text = jnp.zeros((batch, config.text.context), jnp.int32)
+        return (*_images(config.vision, batch), text)
+    if isinstance(model, VLM):
+        ids = jnp.full((batch, config.images + 1), config.image_id, jnp.int32).at[:, -1].set(0)
+        images = _images(config.vision, batch)[0][:, None]
+        return ids, jnp.repeat(images, config.images, axis=1)
+    ids = jnp.zeros((batch, min(config.context, 64)), jnp.int32)
+    return (ids, ids) if isinstance(model, EncoderDecoder) else (ids,)
+
+
+def _images(config: Any, batch: int) -> tuple[Any]:
+    return (jnp.zeros((batch, *config.image_size, config.channels)),)
