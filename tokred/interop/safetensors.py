@@ -116,21 +116,21 @@ def _place(where: str, name: str, path: str, array: np.ndarray, shape: Any) -> A
 
 
 def write_params(
-    directory: Path, files: Mapping[str, Path], found: Sequence[Found], params: Mapping[str, Any]
+    file: Path,
+    get: Get,
+    found: Sequence[Found],
+    params: Mapping[str, Any],
+    metadata: Mapping[str, str] | None,
 ) -> None:
-    """Files like those of every name with these parameters: same names, types and shards. What no
-    parameter is made of is copied."""
+    """One file with these names, made of parameters, in the types that `get` gives; what no
+    parameter is made of is what it gives."""
     from safetensors.numpy import save_file
 
-    rules = {each.name: each for each in found}
-    for path in sorted(set(files.values())):
-        tensors = {}
-        with open_file(path) as file:
-            for name in (name for name, where in files.items() if where == path):
-                old, each = file.get_tensor(name), rules[name]
-                new = [np.asarray(params[p]) for p in each.paths]
-                if new:
-                    one = isinstance(each.rule.path, str)
-                    old = each.rule.change.write(new[0] if one else new).astype(old.dtype)
-                tensors[name] = np.ascontiguousarray(old).reshape(old.shape)
-            save_file(tensors, directory / path.name, metadata=file.metadata())
+    tensors = {}
+    for each in found:
+        old, new = get(each.name), [np.asarray(params[path]) for path in each.paths]
+        if new:
+            one = isinstance(each.rule.path, str)
+            old = each.rule.change.write(new[0] if one else new).astype(old.dtype)
+        tensors[each.name] = np.ascontiguousarray(old).reshape(old.shape)
+    save_file(tensors, file, metadata=None if metadata is None else dict(metadata))

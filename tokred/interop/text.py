@@ -54,7 +54,7 @@ BERT_LAYER = {f"attention.self.{n}": f"attn/{n}" for n in ("query", "key", "valu
 }  # fmt: skip
 
 
-def _bert_rules(settings: Settings, names: Iterable[str], config: object) -> list[Rule]:
+def _bert_rules(settings: Settings, names: Iterable[str], config: TextEncoderConfig) -> list[Rule]:
     at = first_prefix(names, "bert.", "")
     embed, layer, block = f"{at}embeddings.", at + "encoder.layer.{i}.", "trunk/blocks/{i}/"
     tables = {
@@ -62,7 +62,11 @@ def _bert_rules(settings: Settings, names: Iterable[str], config: object) -> lis
         "token_type_embeddings": "segments",
     }  # fmt: skip
     closing = {"attention.output.LayerNorm": "close1", "output.LayerNorm": "close2"}
+    unused = (
+        [] if config.tanh else [Rule(f"{at}pooler.dense.{n}", None) for n in ("weight", "bias")]
+    )
     return [
+        *unused,
         *(Rule(f"{embed}{a}.weight", f"trunk/{b}/embedding") for a, b in tables.items()),
         Rule(f"{embed}position_ids", None),
         *norms(embed, "trunk/", {"LayerNorm": "embed_norm"}),

@@ -1,6 +1,7 @@
 """Models by size name. They take a Plan and know no method."""
 
 from tokred.models.decoder import Decoder, DecoderConfig, decoder_config
+from tokred.models.dense_vit import DenseViT, DenseViTConfig
 from tokred.models.dual_encoder import DualEncoder, DualEncoderConfig
 from tokred.models.encoder_decoder import (
     Conditioned,
@@ -18,6 +19,8 @@ __all__ = [
     "Conditioned",
     "Decoder",
     "DecoderConfig",
+    "DenseViT",
+    "DenseViTConfig",
     "DualEncoder",
     "DualEncoderConfig",
     "EncoderDecoder",

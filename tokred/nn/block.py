@@ -21,6 +21,12 @@ class Residual(nnx.Module):
         """branch: 0 attention, 1 MLP, 2 cross-attention; static."""
         return x + update
 
+    def route(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N M"]:
+        """The logits of a mixture of experts' router. Raises ValueError without one."""
+        raise ValueError(
+            "Ask('experts'): this model has no mixture of experts; set DecoderConfig.experts."
+        )
+
 
 class Block(Residual):
     """x + s1 Attention(norm1 x), then x + s2 Mlp(norm2 x); s are LayerScales or 1.

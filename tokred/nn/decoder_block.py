@@ -218,11 +218,8 @@ class DecoderBlock(Residual):
         return _after(self.post2, self.mlp(y) if experts is None else self.mlp(y, experts))
 
     def route(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N M"]:
-        """The router's logits. Raises ValueError for an MLP that is no mixture of experts."""
         if not isinstance(self.mlp, Experts):
-            raise ValueError(
-                "Ask('experts'): this model has no mixture of experts; set DecoderConfig.experts."
-            )
+            return super().route(x)
         return self.mlp.router(self.norm2(x))
 
 
