@@ -106,12 +106,21 @@ def test_placed_where_it_is_asked_for():
 
 
 def test_what_fits_and_why_not():
-    rows = {row["method"]: row for row in tokred.what_fits(tokred.load(VIT).model)}
+    names = ["tome", "dynamicvit", "quest", "evit"]
+    rows = {row["method"]: row for row in tokred.what_fits(tokred.load(VIT).model, names)}
     assert rows["tome"]["fits"] and not rows["tome"]["learned"]
     assert rows["dynamicvit"]["fits"] and rows["dynamicvit"]["learned"]
     assert not rows["quest"]["fits"] and rows["quest"]["why"]
-    tower = {row["method"]: row for row in tokred.what_fits(tokred.load(FROZEN / "siglip").model)}
-    assert not tower["evit"]["fits"] and "class token" in tower["evit"]["why"]
+    tower = tokred.what_fits(tokred.load(FROZEN / "siglip").model, ["evit"])
+    assert not tower[0]["fits"] and "class token" in tower[0]["why"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "llama", "bert", "t5", "llava", "clip"])
+def test_every_method_fits_or_says_why(family: str):
+    rows = tokred.what_fits(tokred.load(FROZEN / family).model)
+    assert any(row["fits"] for row in rows)
+    assert all(row["fits"] or row["why"] for row in rows)
 
 
 @pytest.mark.parametrize(

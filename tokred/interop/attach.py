@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokred.methods import get_method, list_methods, make_plan
-from tokred.models import VLM, DualEncoder, EncoderDecoder, ViT
+from tokred.models import VLM, Decoder, DualEncoder, EncoderDecoder, ViT
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call
@@ -26,7 +26,9 @@ def find_plan(
     if isinstance(reduction, str):
         where = {} if layers is None else {"layers": tuple(layers)}
         given = {**options, **where}
-        return make_plan(reduction, layout, **given), given
+        plan = make_plan(reduction, layout, **given)
+        _require_cache(model, plan)
+        return plan, given
     if options:
         raise ValueError(
             f"attach: options {sorted(options)} belong to a method's name, got a "
@@ -40,7 +42,17 @@ def find_plan(
         steps = tuple((Site(site, layer), reduction) for layer in layers)
         plan = Plan(steps, name=type(reduction).__name__).within(layout.part)
     plan.counts(layout)
+    _require_cache(model, plan)
     return plan, {}
+
+
+def _require_cache(model: Any, plan: Plan) -> None:
+    caching = isinstance(model, (Decoder, VLM))
+    if not caching and any(site.kind == "cache" for site, _ in plan.steps):
+        raise ValueError(
+            f"plan {plan.name!r} reduces a key-value cache, which a {type(model).__name__} does "
+            "not have; choose a method for tokens."
+        )
 
 
 def attached(model: Any, plan: Plan, seed: int) -> Any:
@@ -65,12 +77,10 @@ def attached(model: Any, plan: Plan, seed: int) -> Any:
     return skeleton.merge(params, own.rest)
 
 
-def what_fits(model: Any) -> list[dict[str, Any]]:
-    """Every method with its defaults: {'method', 'fits', 'learned', 'why'}, why it does not.
-
-    Each is built and traced, nothing is computed.
-    """
-    return [_fit(model, method.name) for method in list_methods()]
+def what_fits(model: Any, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """These methods, or all, with their defaults: {'method', 'fits', 'learned', 'why'}, why it does
+    not. Each is built and traced, nothing is computed."""
+    return [_fit(model, name) for name in methods or [m.name for m in list_methods()]]
 
 
 def _fit(model: Any, name: str) -> dict[str, Any]:

@@ -62,11 +62,9 @@ def _bert_rules(settings: Settings, names: Iterable[str], config: TextEncoderCon
         "token_type_embeddings": "segments",
     }  # fmt: skip
     closing = {"attention.output.LayerNorm": "close1", "output.LayerNorm": "close2"}
-    unused = (
-        [] if config.tanh else [Rule(f"{at}pooler.dense.{n}", None) for n in ("weight", "bias")]
-    )
+    unused = [Rule(f"{at}pooler.dense.{kind}", None) for kind in ("weight", "bias")]
     return [
-        *unused,
+        *([] if config.tanh else unused),
         *(Rule(f"{embed}{a}.weight", f"trunk/{b}/embedding") for a, b in tables.items()),
         Rule(f"{embed}position_ids", None),
         *norms(embed, "trunk/", {"LayerNorm": "embed_norm"}),
