@@ -16,5 +16,4 @@ def get_config(arg: str = "") -> Config:
     config.train.method = "mrt5"
     config.train.options = {"keep": 0.52, "capacity": 0.75, "layer": 3}
     config.train.options.update({"two_sided": True, "corrected": True})
-    config.optimizer.scales = (("^reductions/", 0.1), *config.optimizer.scales)
     return finish(config, arg)

@@ -44,8 +44,9 @@ class GGUF(Source):
     """directory: of the file itself. Arrays are read in float32, whatever their bits were."""
 
     @cached_property
-    def reader(self) -> Any:
-        """Raises ImportError without gguf, ValueError for another kind of file."""
+    def held(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """What the file says of itself, and its tensors under Hugging Face's names. Raises
+        ImportError without gguf, ValueError for another kind of file."""
         try:
             from gguf import GGUFReader
         except ImportError as error:
@@ -53,16 +54,22 @@ class GGUF(Source):
                 'GGUF files need the library gguf; run `pip install "tokred[gguf]"`.'
             ) from error
         try:
-            return GGUFReader(self.directory)
+            reader = GGUFReader(self.directory)
         except (ValueError, IndexError) as error:
             raise ValueError(
                 f"{self.directory} is no GGUF file ({error}); copy it again."
             ) from None
+        # The reader holds an array per word of the vocabulary: let go of it.
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return fields, {_name(tensor.name): tensor for tensor in reader.tensors}
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        return self.held[1]
 
     def field(self, name: str) -> Any:
         """What the file says of itself; None where it is silent."""
-        found = self.reader.fields.get(name)
-        return None if found is None else found.contents()
+        return self.held[0].get(name)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -79,11 +86,6 @@ class GGUF(Source):
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             **{name: value for name, value in named.items() if value is not None},
         }  # fmt: skip
-
-    @cached_property
-    def tensors(self) -> Mapping[str, Any]:
-        """What the file holds, under Hugging Face's names."""
-        return {_name(tensor.name): tensor for tensor in self.reader.tensors}
 
     @cached_property
     def files(self) -> Mapping[str, Any]:
