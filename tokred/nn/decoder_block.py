@@ -121,8 +121,7 @@ class CausalAttention(nnx.Module):
 
     def _keys(self, q: Array, cache: LayerCache) -> Float[Array, "B G C E"]:
         """Those of a cache at their positions."""
-        k = rotate_by(cache.k, cache.position, self.rates) if cache.raw else cache.k
-        return k.astype(q.dtype)
+        return cache.placed(self.rates).k.astype(q.dtype)
 
     def unplace(
         self, k: Float[Array, "B N G E"], position: Num[Array, "B N"]
