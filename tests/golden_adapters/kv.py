@@ -1,5 +1,6 @@
 """Adapters of the family `kv`: scores of cache entries, budgets, quantised entries."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ from jaxtyping import Array
 
 from tests.golden_adapters.case import Adapter, Case, Output
 from tokred import cache
+from tokred.methods.key_scores import KeyScores
 from tokred.ops import attention_probs
-from tokred.rotary import rotate_by, turn
+from tokred.rotary import turn
 from tokred.select import keep_top_k
 
 ENDS = {"knorm": 0.0, "keydiff": 0.0, "cur": 1.0, "lagkv": 1.0, "lagkv_cross": 1.0}
@@ -136,12 +138,15 @@ def keyonly(case: Case) -> dict[str, Any]:
 
 
 def key_rerotation(case: Case) -> dict[str, Any]:
+    """Original positions travel in the field of scores, since those of the cache are new."""
     k, v, n = case.inputs["keys"], case.inputs["values"], case.settings["n_kept"]
-    map_ = keep_top_k(cache.score_by_key_norm(k), n, order="position")
-    old, (kept_k, kept_v) = map_.index, map_.apply((k, v))
-    new = jnp.broadcast_to(jnp.arange(n), old.shape)
-    turned = rotate_by(kept_k, new - old, case.inputs["inv_freq"])
-    return {"keep_sorted": old, "keys": turned, "values": kept_v}
+    place = jnp.broadcast_to(jnp.arange(k.shape[2], dtype=jnp.float32), (k.shape[0], k.shape[2]))
+    whole = cache.hold(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), place)
+    none = jnp.zeros((k.shape[0], 1, 1, 1))
+    look = cache.Look(none, place[:, -1:], lambda q, *_: q, case.inputs["inv_freq"])
+    evict = KeyScores(n, None, positions="rerotate", by="knorm")
+    left = evict.begin(replace(whole, score=whole.position), look)
+    return {"keep_sorted": left.score.astype(jnp.int32), "keys": left.k, "values": left.v}
 
 
 def pyramid(case: Case) -> dict[str, Any]:

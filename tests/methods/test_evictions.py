@@ -194,3 +194,15 @@ def test_a_pool_holds_the_best_of_all_heads():
     length = VALID.sum(-1)[:, None]
     prompt = cache.valid[:, 0] & (cache.position[:, 0] < length)
     close(jnp.where(prompt[..., None], cache.k[:, 0], 0.0), jnp.where(prompt[..., None], mine, 0.0))
+
+
+def test_a_pool_is_read_by_several_queries_at_once():
+    """Three tokens behind a prompt, in one go and one by one."""
+    plan = adakv(LAYOUT, budget=4, window=2, kernel=3)
+    decode = functools.partial(MODEL.extend, plan=plan.with_twin("causal"))
+    cache = MODEL.make_cache(B, N + 3, plan=plan, prompt=N)
+    _, cache, _ = decode(IDS, cache, fresh=True)
+    at_once, _, _ = decode(IDS[:, :3], cache)
+    for t in range(3):
+        logits, cache, _ = decode(IDS[:, t : t + 1], cache)
+        close(logits[:, 0], at_once[:, t])

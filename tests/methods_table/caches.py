@@ -7,6 +7,9 @@ from tests.methods_table.row import Row
 
 FOUR = {"budget": 4}
 ONCE = {"takes_blocks": "it acts once, after the prompt"}
+LAYERS = {"takes_blocks": "layers hold different numbers: methods/test_evictions.py"}
+FOLDED = {"takes_blocks": "heads hold different numbers: methods/test_razor.py"}
+HEADS = ((True, True), (False, True), (False, False), (True, False))
 ALL = {"holds_no_more_than_its_budget": "nothing leaves", "takes_blocks": "nothing leaves"}
 CODES = {"with_room_for_all_nothing_changes": "codes differ from what they stand for"}
 POOL = {
@@ -34,13 +37,14 @@ CACHES = (
     _row("h2o"),
     _row("observed_attention"),
     _row("tova"),
-    _row("snapkv", {"window": 2, "kernel": 3}, ONCE),
-    _row("pyramidkv", {"window": 2, "kernel": 3}, ONCE),
-    _row("expected_attention", {"sinks": 1, "future": 8}, ONCE),
+    _row("snapkv", {"window": 2, "kernel": 3}),
+    _row("pyramidkv", {"window": 2, "kernel": 3}, LAYERS),
+    _row("expected_attention", {"sinks": 1, "future": 8}),
     _row("knorm"),
     _row("keydiff"),
-    _row("cur", {"sinks": 1}, ONCE),
+    _row("cur", {"sinks": 1}),
     _row("adakv", {"window": 2, "kernel": 3}, {**ONCE, **POOL}),
+    _row("razor", {"sinks": 1, "heads": HEADS}, {**FOLDED, **POOL}),
     Row(
         "zipcache", 4, "cache", easy={"high": 8, "low": 4}, nothing={"high": 8, "low": 8},
         exempt={**ALL, **RING, **CODES},
@@ -53,6 +57,6 @@ CACHES = (
         "kivi", 4, "cache", easy={"bits": 8, "group": 4, "residual": 4},
         nothing={"group": 4, "residual": 12}, exempt={**ALL, **RING},
     ),
-    _row("lagkv", {"sinks": 1, "lag": 2}, ONCE),
+    _row("lagkv", {"sinks": 1, "lag": 2}),
 )
 # fmt: on

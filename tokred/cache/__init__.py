@@ -12,6 +12,8 @@ from tokred.cache.attended import (
 )
 from tokred.cache.budgets import fold_middle, keep_pooled, pyramid_budgets
 from tokred.cache.eviction import Eviction
+from tokred.cache.heads import HeadScores, choose_heads, score_heads
+from tokred.cache.pool import append_to_pool, join_pools, pool_heads, take_heads
 from tokred.cache.quantise import (
     Quantised,
     Scaled,
@@ -32,30 +34,44 @@ from tokred.cache.scores import (
     score_by_leverage,
     score_by_place,
 )
-from tokred.cache.slots import KVCache, LayerCache, Memory, hold, make_cache, make_layer_cache
+from tokred.cache.slots import (
+    Extent,
+    KVCache,
+    LayerCache,
+    Memory,
+    hold,
+    make_cache,
+    make_layer_cache,
+)
 
 __all__ = [
     "PLAIN",
     "CacheReduction",
     "Eviction",
+    "Extent",
+    "HeadScores",
     "KVCache",
     "LayerCache",
     "Look",
     "Memory",
     "Quantised",
     "Scaled",
+    "append_to_pool",
     "cache_reduction",
     "channel_scale",
+    "choose_heads",
     "dequantise_rows",
     "expect_queries",
     "fold_middle",
     "group_heads",
     "hold",
     "join_heads",
+    "join_pools",
     "keep_pooled",
     "make_cache",
     "make_layer_cache",
     "pack",
+    "pool_heads",
     "pool_scores",
     "pyramid_budgets",
     "quantise",
@@ -71,5 +87,7 @@ __all__ = [
     "score_by_place",
     "score_by_received",
     "score_by_window",
+    "score_heads",
+    "take_heads",
     "unpack",
 ]

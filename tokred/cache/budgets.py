@@ -61,8 +61,9 @@ def fold_middle(
     those between share one; (map from `slots` to k slots, log of the entries in each).
 
     length: entries, which come first in their slots. Where they fit, none is folded. The log is
-    what makes a slot weigh as much as its entries do; the vendor's code leaves it out. Static:
-    slots, k, sinks. Raises ValueError where nothing but sinks and the shared slot fit.
+    what makes a slot weigh as much as its entries do; the vendor's code leaves it out. The first
+    entry of a slot stands for it under how='keep'. Static: slots, k, sinks. Raises ValueError where
+    nothing but sinks and the shared slot fit.
     """
     if k < sinks + 2:
         raise ValueError(
@@ -75,7 +76,8 @@ def fold_middle(
     target = jnp.where(place < sinks, place, jnp.where(place < recent, sinks, shared))
     target = jnp.where(length <= k, jnp.broadcast_to(place, target.shape), target)
     target = jnp.where(place < length, target, k).astype(jnp.int32)
-    map_ = Assign(target, k)
-    sizes = map_.sizes()
-    map_ = Assign(target, k, valid=sizes > 0)
+    slot = aligned(jnp.arange(k), length.ndim, length.ndim - 1)
+    first = jnp.where((slot > sinks) & (length > k), length - k + slot, slot)
+    sizes = Assign(target, k).sizes()
+    map_ = Assign(target, k, index=jnp.minimum(first, slots - 1), valid=sizes > 0)
     return map_, jnp.log(jnp.maximum(sizes, 1.0))

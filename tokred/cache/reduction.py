@@ -1,6 +1,6 @@
 """What acts on a cache: the interface, and what it may look at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -47,13 +47,17 @@ class Look:
         there = (self.position >= 0)[:, None, :, None]
         return jnp.where(there, self.weigh(self.q, self.position, cache), 0.0)
 
-    def received(self, cache: LayerCache, block: int = 128) -> Float[Array, "B H C"]:
-        """Their sum over all queries, `block` (static) of them at a time."""
+    def blocks(self, size: int = 128) -> Iterator["Look"]:
+        """The queries, `size` (static) at a time."""
+        for start in range(0, self.q.shape[1], size):
+            part = slice(start, start + size)
+            yield replace(self, q=self.q[:, part], position=self.position[:, part])
+
+    def received(self, cache: LayerCache) -> Float[Array, "B H C"]:
+        """The sum of `probs` over all queries, in blocks."""
         total = jnp.zeros((*self.q.shape[:1], self.q.shape[2], cache.capacity))
-        for start in range(0, self.q.shape[1], block):
-            part = slice(start, start + block)
-            some = replace(self, q=self.q[:, part], position=self.position[:, part])
-            total = total + some.probs(cache).sum(-2)
+        for part in self.blocks():
+            total = total + part.probs(cache).sum(-2)
         return total
 
 

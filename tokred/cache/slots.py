@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,26 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from tokred.maps import Keep
 from tokred.ops import gather, position_mask
 from tokred.ops.attention import NEGATIVE
+from tokred.rotary import rotate_by
 from tokred.tokens import Tokens
 
 register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
+class Extent(NamedTuple):
+    """How many tokens a cache is made for: of the prompt, and in all; 0 where it is not known."""
+
+    prompt: int = 0
+    length: int = 0
+
+
+UNKNOWN = Extent()
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["k", "v", "position", "dropped", "score", "bias", "owner", "extra"],
-    meta_fields=["raw"],
+    meta_fields=["raw", "gapless", "extent"],
 )
 @dataclass(frozen=True)
 class LayerCache:
@@ -37,7 +48,8 @@ class LayerCache:
     ranks by, 0 for new entries · bias: Float[B G C] or None, added to the slot's attention logits
     · owner: Int[B 1 C] or None: the slots are one pool (G = 1), each of one key head alone
     · extra: what a method stores beside, or in place of, the slots; it is as it left it
-    · raw: keys are not rotated yet and positions may change; static.
+    · raw: keys are not rotated yet · gapless: whenever entries leave, the others get positions
+    without gaps · extent: what a model's `make_cache` was asked for; all three static.
     """
 
     k: Any
@@ -49,6 +61,8 @@ class LayerCache:
     owner: Any = None
     extra: Any = None
     raw: bool = False
+    gapless: bool = False
+    extent: Extent = UNKNOWN
 
     @property
     def capacity(self) -> int:
@@ -129,11 +143,31 @@ class LayerCache:
         """The same without some entries, whose slots are empty now; nothing is moved."""
         return dataclasses.replace(self, position=jnp.where(gone, -1.0, self.position))
 
-    def renumber(self) -> "LayerCache":
-        """Positions without gaps, in the order that they have; keys must be `raw`."""
+    def placed(self, rates: Float[Array, " half"] | None) -> "LayerCache":
+        """The same with `raw` keys turned to their positions; rates: of the rotation."""
+        if not self.raw or rates is None:
+            return self
+        return dataclasses.replace(self, k=rotate_by(self.k, self.position, rates), raw=False)
+
+    def renumber(
+        self, rates: Float[Array, " half"] | None = None, where: Bool[Array, "B G"] | None = None
+    ) -> "LayerCache":
+        """Positions without gaps, in the order that they have; keys that are not `raw` are turned
+        by the difference (`rates` of the rotation). where: in which rows, None for all."""
         order = jnp.where(self.valid, self.position, jnp.inf)
         rank = jnp.argsort(jnp.argsort(order, axis=-1), axis=-1).astype(self.position.dtype)
-        return dataclasses.replace(self, position=jnp.where(self.valid, rank, -1.0))
+        moves = self.valid if where is None else self.valid & where[..., None]
+        new = jnp.where(moves, rank, self.position)
+        if self.raw:
+            return dataclasses.replace(self, position=new)
+        if rates is None:
+            raise ValueError(
+                "LayerCache.renumber: keys without rotary positions cannot be turned to others; "
+                "keep positions as they are."
+            )
+        return dataclasses.replace(
+            self, k=rotate_by(self.k, new - self.position, rates), position=new
+        )
 
     def resize(self, capacity: int) -> "LayerCache":
         """More slots, empty ones. Raises ValueError for fewer."""
@@ -156,12 +190,15 @@ def hold(
     position: Num[Array, "B N"],
     valid: Bool[Array, "B N"] | None = None,
     raw: bool = False,
+    extent: Extent = UNKNOWN,
 ) -> LayerCache:
-    """A cache of these tokens alone, valid ones first, as many slots as tokens."""
+    """A cache of these tokens alone, valid ones first, as many slots as tokens. raw, extent: see
+    `LayerCache`."""
     place = position if valid is None else jnp.where(valid, position, -1.0)
     place = jnp.broadcast_to(place[:, None, :], (k.shape[0], k.shape[2], k.shape[1]))
     none = jnp.zeros((k.shape[0],), jnp.int32)
-    held = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), place, none, raw=raw)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    held = LayerCache(k, v, place, none, raw=raw, extent=extent)
     if valid is None:
         return held
     first = jnp.argsort(~held.valid, axis=-1, stable=True).astype(jnp.int32)
@@ -195,8 +232,8 @@ class KVCache:
     def advance(self, layers: Sequence[LayerCache], seen: Num[Array, " B"]) -> "KVCache":
         """The cache after a step; seen: where its next token stands, unless positions have no
         gaps."""
-        if layers[0].raw:
-            seen = layers[0].length.max(-1)
+        if layers[0].gapless:
+            seen = jnp.stack([layer.length.max(-1) for layer in layers]).max(0)
         return KVCache(tuple(layers), seen.astype(jnp.int32))
 
     def occupancy(self) -> Int[Array, "B L"]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tokred.cache import LayerCache, Look, keep_pooled
+from tokred.cache import LayerCache, Look, append_to_pool, keep_pooled, pool_heads
 from tokred.methods.registry import register
 from tokred.methods.snapkv import SnapKV
 from tokred.plan import Layout, Plan, Site
@@ -27,6 +27,14 @@ class AdaKV(SnapKV):
     pooled: ClassVar[bool] = True
     floor: float = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spare is not None or self.gapless:
+            raise ValueError(
+                f"adakv: spare={self.spare} and positions={self.positions!r} must be None and "
+                "'keep', since it acts once on the heads of a pool; change them."
+            )
+
     def settle(self, cache: LayerCache) -> LayerCache:
         none = jnp.zeros(cache.position.shape, jnp.int32)
         return cache if cache.owner is not None else replace(cache, owner=none)
@@ -36,25 +44,11 @@ class AdaKV(SnapKV):
         k = self.held(slots, look.layer, look.depth)
         worth = self._protect(cache, look, k)
         best = keep_pooled(worth, k, floor=self.floor, valid=cache.valid)
-        flat = lambda x: x.reshape(batch, 1, groups * slots, *x.shape[3:])  # noqa: E731
-        head = jnp.broadcast_to(jnp.arange(groups)[None, :, None], cache.position.shape)
-        pool = replace(
-            cache, k=flat(cache.k), v=flat(cache.v), position=flat(cache.position),
-            owner=flat(head),
-        )  # fmt: skip
-        map_, _ = keep_where(flat(best), groups * k)
-        return pool.keep(map_)
+        map_, _ = keep_where(best.reshape(batch, 1, groups * slots), groups * k)
+        return pool_heads(cache, range(groups)).keep(map_)
 
     def write(self, cache: LayerCache, k: Array, v: Array, position: Array, valid: Any) -> Any:
-        """Every head's entry takes a slot of its own, the heads one after another."""
-        batch, n, groups, width = k.shape
-        each = lambda x: jnp.repeat(x, groups, axis=1)  # noqa: E731
-        single = lambda x: x.reshape(batch, n * groups, 1, width)  # noqa: E731
-        before = cache.valid
-        valid = None if valid is None else each(valid)
-        cache = cache.append(single(k), single(v), each(position), valid)
-        new = cache.valid & ~before
-        return replace(cache, owner=jnp.where(new, (jnp.cumsum(new, -1) - 1) % groups, cache.owner))
+        return append_to_pool(cache, k, v, position, valid)
 
 
 @register("adakv", family="evict", site="cache", paper="AdaKV 2024", golden=("kv/adakv",))

@@ -18,14 +18,20 @@ from tokred.rotary import rotate_by
 @dataclass(frozen=True)
 class ExpectedAttention(Eviction):
     """Entries by the attention that Gaussian queries with the prompt's mean and covariance would
-    give from the next `future` positions, times the value's norm; the sinks stay. Acts once, and
-    asks for no window at the end of the prompt."""
+    give from the next `future` positions, times the value's norm; the sinks stay. It asks for no
+    window at the end of the prompt. With `spare` the last `asked` queries stand for the prompt's
+    while decoding, as in kvpress's decoding wrapper."""
 
     spare: int | None = None
     sinks: int = 4
     future: int = 512
     covariance: bool = True
     norms: bool = True
+    asked: int = 256
+
+    @property
+    def recalled(self) -> int:
+        return self.asked
 
     def score(self, cache: Any, look: Look) -> Array:
         if look.rates is None:
@@ -36,15 +42,16 @@ class ExpectedAttention(Eviction):
         free = (look.position >= self.sinks).astype(jnp.float32)
         mean, spread = query_statistics(plain, free)
         mean, spread = expect_queries(mean, spread, look.newest + 1, look.rates, future=self.future)
-        return score_by_expectation(
-            cache.k,
-            cache.v,
-            mean,
-            spread if self.covariance else None,
-            protected=cache.position[:, 0] < self.sinks,
-            valid=cache.valid[:, 0],
+        alone = lambda x: x.reshape(*cache.k.shape[:2], -1, *x.shape[2:])  # noqa: E731
+        return score_by_expectation(  # every key head for itself
+            cache.k[:, :, None],
+            cache.v[:, :, None],
+            alone(mean),
+            alone(spread) if self.covariance else None,
+            protected=cache.position < self.sinks,
+            valid=cache.valid,
             norms=self.norms,
-        )
+        )[:, :, 0]
 
 
 @register(
@@ -63,13 +70,17 @@ def expected_attention(
     future: int = 512,
     covariance: bool = True,
     norms: bool = True,
+    spare: int | None = None,
+    asked: int = 256,
+    positions: str = "keep",
 ) -> Plan:
     """Cache entries that future queries are expected to look at stay.
 
-    keep: share of a prompt's entries; budget: their number instead. Other options: see
-    `ExpectedAttention`.
+    keep: share of a prompt's entries; budget: their number instead. spare, positions: see
+    `Eviction`; other options: see `ExpectedAttention`.
     """
     how = ExpectedAttention(
-        budget or keep, sinks=sinks, future=future, covariance=covariance, norms=norms
-    )
+        budget or keep, spare, sinks, positions=positions,
+        future=future, covariance=covariance, norms=norms, asked=asked,
+    )  # fmt: skip
     return Plan(((Site("cache"), how),), name="expected_attention")

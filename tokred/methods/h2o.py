@@ -27,12 +27,11 @@ class H2O(Eviction):
     frozen: bool = False
 
     def settle(self, cache: Any) -> Any:
-        none = jnp.zeros(cache.position.shape)
-        return cache if cache.score is not None else replace(cache, score=none)
+        return super().settle(replace(cache, score=_so_far(cache)))
 
     def observe(self, cache: Any, look: Look) -> Any:
         more = group_heads(look.received(cache), cache.k.shape[1])
-        return replace(cache, score=self.settle(cache).score + more)
+        return replace(cache, score=_so_far(cache) + more)
 
     def score(self, cache: Any, look: Look) -> Array:
         if not self.frozen:
@@ -46,9 +45,17 @@ class ObservedAttention(H2O):
     """The same sum as a mean over the queries that could see the entry, so that early entries have
     no advantage (NVIDIA/kvpress, Apache-2.0)."""
 
+    @property
+    def dated(self) -> bool:
+        return True
+
     def score(self, cache: Any, look: Look) -> Array:
         viewers = look.newest[:, None, None] - cache.position + 1
         return cache.score / jnp.maximum(viewers, 1)
+
+
+def _so_far(cache: Any) -> Array:
+    return jnp.zeros(cache.position.shape) if cache.score is None else cache.score
 
 
 @register(
@@ -65,13 +72,15 @@ def h2o(
     budget: int | None = None,
     recent: int | float = 0.5,
     spare: int | None = 1,
+    positions: str = "keep",
 ) -> Plan:
     """Cache entries with the most attention so far stay, and the latest ones.
 
     keep: share of a prompt's entries; budget: their number instead. recent: how many of them are
-    the latest, or which share. spare: see `Eviction`.
+    the latest, or which share. spare, positions: see `Eviction`.
     """
-    return Plan(((Site("cache"), H2O(budget or keep, spare, recent=recent)),), name="h2o")
+    how = H2O(budget or keep, spare, recent=recent, positions=positions)
+    return Plan(((Site("cache"), how),), name="h2o")
 
 
 @register(
@@ -88,10 +97,11 @@ def observed_attention(
     budget: int | None = None,
     recent: int | float = 0,
     spare: int | None = 1,
+    positions: str = "keep",
 ) -> Plan:
     """Cache entries with the most attention so far, as a mean over time, stay.
 
     Options as of `h2o`.
     """
-    how = ObservedAttention(budget or keep, spare, recent=recent)
+    how = ObservedAttention(budget or keep, spare, recent=recent, positions=positions)
     return Plan(((Site("cache"), how),), name="observed_attention")

@@ -2,7 +2,8 @@
 
 Official code: FasterDecoding/SnapKV; Zefan-Cai/KVCache-Factory, as ported by NVIDIA/kvpress
 (Apache-2.0). The ports average the query heads of a key head, which saves memory under grouped
-queries; the authors hold an own cache for every query head.
+queries; the authors hold an own cache for every query head. Both act once, after the prompt; with
+`spare` they go on as kvpress's decoding wrapper has it, looking from the last queries read.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tokred.plan import Layout, Plan, Site
 @dataclass(frozen=True)
 class SnapKV(Eviction):
     """Entries by the attention of a prompt's last `window` queries, smoothed over `kernel` (odd)
-    neighbours; the window stays. Acts once: nothing leaves after the prompt."""
+    neighbours; the window stays. With `spare` the same happens while decoding."""
 
     spare: int | None = None
     recent: int | float = 32
@@ -29,12 +30,20 @@ class SnapKV(Eviction):
     def window(self) -> int:
         return int(self.recent)
 
+    @property
+    def recalled(self) -> int:
+        return self.window
+
+    @property
+    def ordered(self) -> bool:
+        return True
+
     def score(self, cache: Any, look: Look) -> Array:
-        last = look.last(self.window)
-        protected = cache.position[:, 0] > look.newest[:, None] - self.window
-        groups = cache.k.shape[1]
+        protected = cache.position > look.newest[:, None, None] - self.window
+        probs = look.last(self.window).probs(cache)
+        alone = probs.reshape(*protected.shape[:2], -1, *probs.shape[2:])  # [B G R W C]
         how = {"kernel": self.kernel, "pool": self.pool}
-        return score_by_window(last.probs(cache), groups, protected, **how)
+        return score_by_window(alone, 1, protected, **how)[:, :, 0]
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,17 @@ def snapkv(
     window: int = 32,
     kernel: int = 5,
     pool: str = "mean",
+    spare: int | None = None,
+    positions: str = "keep",
 ) -> Plan:
     """Cache entries that a prompt's last queries look at stay, with their neighbours.
 
-    keep: share of a prompt's entries; budget: their number instead. Other options: see `SnapKV`.
+    keep: share of a prompt's entries; budget: their number instead. spare, positions: see
+    `Eviction`; other options: see `SnapKV`.
     """
-    how = SnapKV(budget or keep, recent=window, kernel=kernel, pool=pool)
+    how = SnapKV(
+        budget or keep, spare, recent=window, positions=positions, kernel=kernel, pool=pool
+    )
     return Plan(((Site("cache"), how),), name="snapkv")
 
 
@@ -91,11 +105,15 @@ def pyramidkv(
     window: int = 32,
     kernel: int = 5,
     beta: float = 20.0,
+    spare: int | None = None,
+    positions: str = "keep",
 ) -> Plan:
     """SnapKV with more cache entries in early layers than in late ones.
 
     keep: mean share of a prompt's entries; budget: their mean number instead. beta: the deepest
-    layer keeps 1 / beta of the mean.
+    layer keeps 1 / beta of the mean. spare, positions: see `Eviction`.
     """
-    how = PyramidKV(budget or keep, recent=window, kernel=kernel, beta=beta)
+    how = PyramidKV(
+        budget or keep, spare, recent=window, positions=positions, kernel=kernel, beta=beta
+    )
     return Plan(((Site("cache"), how),), name="pyramidkv")

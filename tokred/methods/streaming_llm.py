@@ -30,7 +30,7 @@ class StreamingLLM(Eviction):
     family="evict",
     site="cache",
     paper="StreamingLLM 2023",
-    golden=("kv/streamingllm", "kv/key_rerotation"),
+    golden=("kv/streamingllm",),
 )
 def streaming_llm(
     layout: Layout,

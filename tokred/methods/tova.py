@@ -36,11 +36,12 @@ def tova(
     budget: int | None = None,
     recent: int = 0,
     spare: int | None = 1,
+    positions: str = "keep",
 ) -> Plan:
     """Cache entries that the newest token looks at stay.
 
     keep: share of a prompt's entries; budget: their number instead. recent: how many of the latest
-    stay in any case. spare: see `Eviction`.
+    stay in any case. spare, positions: see `Eviction`.
     """
-    how = TOVA(budget or keep, spare, recent=recent)
+    how = TOVA(budget or keep, spare, recent=recent, positions=positions)
     return Plan(((Site("cache"), how),), name="tova")

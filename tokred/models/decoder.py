@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from tokred.cache import PLAIN, KVCache, cache_reduction, make_cache
+from tokred.cache import PLAIN, Extent, KVCache, cache_reduction, make_cache
 from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock, make_norm, same
 from tokred.nn.layers import Layers
@@ -270,7 +270,9 @@ class Decoder(nnx.Module):
             heads = 1 if reduction.pooled else c.groups
             slots = [count * (c.groups // heads) for count in slots]
             cache = make_cache(batch, heads, slots, head_dim, dtype, reduction.raw)
-            settled = tuple(reduction.settle(layer) for layer in cache.layers)
+            extent = Extent(first, length)
+            made = (dataclasses.replace(layer, extent=extent) for layer in cache.layers)
+            settled = tuple(reduction.settle(layer) for layer in made)
             return dataclasses.replace(cache, layers=settled)
         skipped = [
             (*plan.at("around", layer), *plan.at("around_attention", layer), *plan.enclosing(layer))

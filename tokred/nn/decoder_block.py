@@ -136,8 +136,7 @@ class GroupedAttention(nnx.Module):
 
     def _keys(self, q: Array, cache: LayerCache) -> Float[Array, "B G C E"]:
         """Those of a cache at their positions."""
-        k = rotate_by(cache.k, cache.position, self.rates) if cache.raw else cache.k
-        return k.astype(q.dtype)
+        return cache.placed(self.rates).k.astype(q.dtype)
 
     def unplace(
         self, k: Float[Array, "B N G E"], position: Num[Array, "B N"]

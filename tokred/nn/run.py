@@ -135,7 +135,7 @@ class Here:
             update = self.block.attend(q, k, v, queries, keys)
             if how is PLAIN:
                 return update, cache.append(stored, v, place, keys.valid)
-            whole = hold(stored, v, place, keys.valid, cache.raw)
+            whole = hold(stored, v, place, keys.valid, cache.raw, cache.extent)
             left = how.begin(whole, self._look(q, queries))
             return update, how.settle(left.resize(cache.capacity))
         cache, look = how.write(cache, stored, v, place, keys.valid), self._look(q, queries)

@@ -98,7 +98,7 @@ def cached_probs(
     *,
     mask: Bool[Array, "*B G N C"],
     bias: Float[Array, "*B G C"] | None = None,
-    pair_bias: Float[Array, "*#B H N C"] | None = None,
+    pair_bias: Float[Array, "*#B H #N C"] | None = None,
     sink: bool = False,
     scale: float | None = None,
     cap: float | None = None,
@@ -111,7 +111,8 @@ def cached_probs(
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[..., None, None, :]
     if pair_bias is not None:
-        logits = logits + pair_bias.reshape(*pair_bias.shape[:-3], *logits.shape[-4:])
+        *lead, _, n, c = pair_bias.shape
+        logits = logits + pair_bias.reshape(*lead, *logits.shape[-4:-2], n, c)
     seen = mask[..., None, :, :]
     probs = softmax(jnp.where(seen, logits, NEGATIVE), sink=sink) * seen
     return probs.reshape(*q.shape[:-3], q.shape[-2], *probs.shape[-2:])
