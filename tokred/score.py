@@ -81,13 +81,19 @@ def score_by_normalised_cut(
 def _second_eigenvector(
     edge: Float[Array, "*B N N"], free: Bool[Array, "*B N"]
 ) -> Float[Array, "*B N"]:
-    """Of the normalised cut of the free tokens, by the symmetric D^-1/2 W D^-1/2."""
+    """Of the normalised cut of the free tokens, by the symmetric D^-1/2 W D^-1/2.
+
+    Its first eigenvector, D^1/2 1, is known, and near the second one where the parts hardly touch:
+    taken below the others, it cannot mix with it in float32. So is what is not free.
+    """
     edge = jnp.where(free[..., :, None] & free[..., None, :], edge, 0.0)
-    root = jnp.where(free, jax.lax.rsqrt(jnp.where(free, edge.sum(-1), 1.0)), 0.0)
-    # What is not free becomes an eigenvector of its own, below the others, which lie in [-1, 1].
+    degree = edge.sum(-1)
+    root = jnp.where(free, jax.lax.rsqrt(jnp.where(free, degree, 1.0)), 0.0)
+    first = jnp.sqrt(degree / jnp.maximum(degree.sum(-1, keepdims=True), 1e-30))
     own = jnp.eye(edge.shape[-1]).reshape((1,) * (edge.ndim - 2) + edge.shape[-2:])
-    normal = edge * root[..., :, None] * root[..., None, :] - 2.0 * own * ~free[..., None]
-    return root * jnp.linalg.eigh(normal)[1][..., -2]
+    below = first[..., :, None] * first[..., None, :] + own * ~free[..., None]
+    normal = edge * root[..., :, None] * root[..., None, :] - 2.0 * below
+    return root * jnp.linalg.eigh(normal)[1][..., -1]
 
 
 def _turned(v: Float[Array, "*B N"], free: Bool[Array, "*B N"]) -> Float[Array, "*B N"]:
