@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 
 def straight_through(value: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -237,6 +237,53 @@ class Halting:
     ) -> tuple[Float[Array, "*B N"], Any, dict]:
         halted = jax.nn.sigmoid(logits) > self.threshold
         return 1.0 - halted.astype(logits.dtype), state, {"halted": halted}
+
+
+@dataclass(frozen=True)
+class PonderHalting:
+    """A token halts once its chances sigmoid(scale * logit - centre) have added up to more than
+    1 - eps; the value, by update, is how much of its result is from there: the chance, at last what
+    is missing to 1, then 0.
+
+    last: nothing goes on from here, the chance is 1. The state is {'sum', 'rest', 'ponder'}, of
+    every token: chances so far, what they leave of 1, and the cost: updates that it took part in,
+    and the rest with which it halted. told: 'chance' [*B N], also of those that have halted, and
+    'active', who had not halted before. A sum of exactly 1 - eps ends without the rest, as in the
+    released code. Gradient: to logits. Source: Yin et al. 2022, NVlabs/A-ViT.
+    """
+
+    scale: float = 10.0
+    centre: float = 30.0
+    eps: float = 0.01
+    last: bool = False
+
+    def init(self) -> dict[str, Array]:
+        zero = jnp.zeros((), jnp.float32)
+        return {"sum": zero, "rest": zero + 1.0, "ponder": zero}
+
+    def active(self, state: dict[str, Array]) -> Bool[Array, "..."]:
+        """Who has not halted."""
+        return state["sum"] < 1.0 - self.eps
+
+    def update(
+        self,
+        logits: Float[Array, "*B N"],
+        state: dict[str, Array] | None = None,
+        *,
+        key: Any = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "*B N"], dict[str, Array], dict]:
+        state = self.init() if state is None else state
+        chance = jax.nn.sigmoid(self.scale * logits.astype(jnp.float32) - self.centre)
+        step = jnp.ones_like(chance) if self.last else chance
+        active = jnp.broadcast_to(self.active(state), chance.shape)
+        after = {"sum": state["sum"] + step}
+        goes_on, halts = self.active(after), active & (after["sum"] > 1.0 - self.eps)
+        last_part = jnp.where(halts, state["rest"], 0.0)
+        after["rest"] = state["rest"] - jnp.where(goes_on, step, 0.0)
+        after["ponder"] = state["ponder"] + active + last_part
+        value = jnp.where(goes_on, step, last_part)
+        return value, after, {"chance": chance, "active": active}
 
 
 @dataclass(frozen=True)

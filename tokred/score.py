@@ -35,6 +35,74 @@ def score_by_chance(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
     return jax.vmap(lambda row: jax.random.uniform(row, (n,)))(rows).reshape(shape)
 
 
+def score_by_class_value(
+    rows: Float[Array, "*B N H"], values: Float[Array, "*B N H E"], *, joint: bool = True
+) -> Float[Array, "*B N"]:
+    """What a token gives the class token: its attention times the length of its value.
+
+    rows: the class token's attention, of all heads. joint: attention summed over heads times the
+    length of all heads' values as one vector; else the sum of each head's product. Static: joint.
+    """
+    square = jnp.square(values.astype(jnp.float32)).sum(-1)  # [*B N H]
+    rows = rows.astype(jnp.float32)
+    if joint:
+        return rows.sum(-1) * jnp.sqrt(square.sum(-1))
+    return (rows * jnp.sqrt(square)).sum(-1)
+
+
+def score_by_normalised_cut(
+    features: Float[Array, "*B N E"],
+    *,
+    tau: float = 0.2,
+    eps: float = 1e-5,
+    weighted: bool = False,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Float[Array, "*B N"]:
+    """TokenCut: the second smallest eigenvector v of (D - W) v = l D v, turned so that its largest
+    entry by magnitude lies above the mean; v' D v = 1.
+
+    W joins the valid tokens behind the prefix: 1 where their cosine exceeds `tau`, `eps`
+    elsewhere; weighted: the cosine itself from `tau` on. D: its row sums. All others have 0.
+    Costs O(N^3), in float32. Gradient: none, a choice has none.
+    Source: Wang et al. 2022, YangtaoWANG95/TokenCut `ncut`.
+    """
+    free = jnp.broadcast_to(jnp.arange(features.shape[-2]) >= prefix, features.shape[:-1])
+    free = free if valid is None else free & valid
+    features = jnp.where(free[..., None], jax.lax.stop_gradient(features), 0)
+    similar = cosine(features, features)
+    if weighted:
+        edge = jnp.where(similar < tau, eps, similar)
+    else:
+        edge = jnp.where(similar > tau, 1.0, eps)
+    return _turned(_second_eigenvector(edge, free), free)
+
+
+def _second_eigenvector(
+    edge: Float[Array, "*B N N"], free: Bool[Array, "*B N"]
+) -> Float[Array, "*B N"]:
+    """Of the normalised cut of the free tokens, by the symmetric D^-1/2 W D^-1/2.
+
+    Its first eigenvector, D^1/2 1, is known, and near the second one where the parts hardly touch:
+    taken below the others, it cannot mix with it in float32. So is what is not free.
+    """
+    edge = jnp.where(free[..., :, None] & free[..., None, :], edge, 0.0)
+    degree = edge.sum(-1)
+    root = jnp.where(free, jax.lax.rsqrt(jnp.where(free, degree, 1.0)), 0.0)
+    first = jnp.sqrt(degree / jnp.maximum(degree.sum(-1, keepdims=True), 1e-30))
+    own = jnp.eye(edge.shape[-1]).reshape((1,) * (edge.ndim - 2) + edge.shape[-2:])
+    below = first[..., :, None] * first[..., None, :] + own * ~free[..., None]
+    normal = edge * root[..., :, None] * root[..., None, :] - 2.0 * below
+    return root * jnp.linalg.eigh(normal)[1][..., -1]
+
+
+def _turned(v: Float[Array, "*B N"], free: Bool[Array, "*B N"]) -> Float[Array, "*B N"]:
+    """v or -v."""
+    mean = (v * free).sum(-1, keepdims=True) / jnp.maximum(free.sum(-1, keepdims=True), 1)
+    seed = jnp.argmax(jnp.where(free, jnp.abs(v), -1.0), axis=-1, keepdims=True)
+    return jnp.where(jnp.take_along_axis(v, seed, axis=-1) > mean, v, -v)
+
+
 def unit_rows(metric: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
     """Rows of length 1 in float32, for cosine similarity; zero rows stay zero."""
     metric = metric.astype(jnp.float32)

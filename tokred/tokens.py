@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokred.maps import Keep, Mix, TokenMap, follow
+from tokred.maps import Assign, Keep, Mix, TokenMap, follow
 from tokred.ops.gather import aligned
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["x", "valid", "size", "position", "source", "bias", "policy", "extra"],
+    data_fields=["x", "valid", "size", "position", "source", "bias", "policy", "extra", "memo"],
     meta_fields=["prefix", "proportional", "policy_eps"],
 )
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Tokens:
     · bias: Float[*B N], added to attention logits per key, in log space
     · policy: Float[*B N], multiplies attention's exponentials per key
     · extra: named per-token running quantities [*B N ...]
+    · memo: named quantities of an example [*B ...] that no map moves, such as a cache across layers
     · prefix: protected tokens in front, static · proportional: attention adds log(size), static
     · policy_eps: epsilon of the policy softmax, static.
     """
@@ -41,6 +42,7 @@ class Tokens:
     bias: Any = None
     policy: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    memo: Mapping[str, Any] = field(default_factory=dict)
     prefix: int = 0
     proportional: bool = False
     policy_eps: float = 1e-6
@@ -149,6 +151,31 @@ def move(
         policy=_policy(tokens, map_),
         extra={name: average(value) for name, value in tokens.extra.items()},
     )
+
+
+def append(tokens: Tokens, rows: Float[Array, "*B M D"]) -> tuple[Tokens, Assign]:
+    """`tokens` with M valid ones behind, which stand for no original: size 0, position -1, an open
+    policy and 0 for all else. Returns them and the map. Gradient: to both."""
+    n, m, batch = tokens.n, rows.shape[-2], tokens.batch
+    own = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
+
+    def longer(a: Array, value: Any) -> Array:
+        new = jnp.full((*batch, m, *a.shape[len(batch) + 1 :]), value, a.dtype)
+        return jnp.concatenate([a, new], axis=len(batch))
+
+    pad = lambda a, value: None if a is None else longer(a, value)  # noqa: E731
+    valid = pad(tokens.valid, True)
+    target = own if tokens.valid is None else jnp.where(tokens.valid, own, n + m)
+    return tokens.replace(
+        x=jnp.concatenate([tokens.x, rows.astype(tokens.x.dtype)], axis=-2),
+        valid=valid,
+        size=longer(tokens.sizes(), 0),
+        position=None if tokens.position is None else longer(tokens.positions(), -1),
+        source=tokens.sources(),
+        bias=pad(tokens.bias, 0),
+        policy=pad(tokens.policy, 1),
+        extra={name: longer(a, 0) for name, a in tokens.extra.items()},
+    ), Assign(target, n + m, valid=valid)
 
 
 def _kept(tokens: Tokens, map_: Keep, x: Array) -> Tokens:

@@ -20,6 +20,13 @@ seeds = st.integers(0, 2**31)
 few = settings(max_examples=6)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
+POINTS = (0.06, 0.21, 0.37, 0.58, 0.83, 0.94)
+
+
+def shares_of(scores, valid):
+    return select.as_shares(scores, prefix=PREFIX, valid=valid)
+
+
 # Each takes features [B N E], scores [B N] in [0, 1) and valid.
 SELECTIONS = {
     "keep_top_k": lambda x, s, valid: select.keep_top_k(s, 4, prefix=PREFIX, valid=valid),
@@ -28,6 +35,12 @@ SELECTIONS = {
     ),
     "keep_above": lambda x, s, valid: select.keep_above(s, 0.4, 5, prefix=PREFIX, valid=valid)[0],
     "rank_tokens": lambda x, s, valid: select.rank_tokens(s, prefix=PREFIX, valid=valid),
+    "keep_quantiles": lambda x, s, valid: select.keep_quantiles(
+        shares_of(s, valid), POINTS, 4, prefix=PREFIX, valid=valid
+    )[0],
+    "keep_quantiles_in_place": lambda x, s, valid: select.keep_quantiles(
+        shares_of(s, valid), POINTS, 4, prefix=PREFIX, valid=valid, ascending=False
+    )[0],
     "match_bipartite": lambda x, s, valid: select.match_bipartite(x, 3, prefix=PREFIX, valid=valid),
     "match_kth": lambda x, s, valid: select.match_kth(x, 4, prefix=PREFIX, valid=valid),
     "match_random": lambda x, s, valid: select.match_random(x, 3, s, prefix=PREFIX, valid=valid),

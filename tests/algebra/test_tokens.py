@@ -6,7 +6,7 @@ import pytest
 
 from tests.algebra.random_maps import make_map, normal
 from tokred.maps import Assign, Keep, Mix
-from tokred.tokens import Tokens, make_tokens, move
+from tokred.tokens import Tokens, append, make_tokens, move
 
 B, N, K, D = 2, 5, 3, 2
 
@@ -146,3 +146,29 @@ def test_errors():
         make_tokens(jnp.ones((1, 3, 1)), prefix=4)
     with pytest.raises(ValueError, match="position='middle' must be"):
         move(full_tokens(), Assign(jnp.zeros((B, N), jnp.int32), 1), position="middle")
+
+
+def test_appended_tokens_stand_for_no_original():
+    valid = jnp.array([[True] * 4 + [False], [True] * 5])
+    tokens = full_tokens(valid).replace(memo={"held": jnp.ones((B, 7))})
+    rows = jnp.full((B, 2, D), 3.0)
+    grown, map_ = append(tokens, rows)
+    np.testing.assert_array_equal(grown.x, jnp.concatenate([tokens.x, rows], 1))
+    np.testing.assert_array_equal(grown.valid, np.pad(valid, ((0, 0), (0, 2)), constant_values=1))
+    np.testing.assert_array_equal(grown.size[:, N:], np.zeros((B, 2)))
+    np.testing.assert_array_equal(grown.position[:, N:], -np.ones((B, 2, 2)))
+    np.testing.assert_array_equal(grown.policy[:, N:], np.ones((B, 2)))
+    np.testing.assert_array_equal(grown.bias[:, N:], np.zeros((B, 2)))
+    for name, old in tokens.extra.items():
+        np.testing.assert_array_equal(grown.extra[name][:, :N], old)
+    np.testing.assert_array_equal(grown.sources(), tokens.sources())
+    np.testing.assert_array_equal(map_.source, tokens.sources())
+    np.testing.assert_array_equal(map_.apply(tokens.x, "sum")[:, :N], tokens.x)
+
+
+def test_no_map_moves_a_memo():
+    memo = {"held": jnp.arange(B * 7.0).reshape(B, 7)}
+    tokens = full_tokens().replace(memo=memo)
+    for kind in ("keep", "assign", "mix"):
+        moved = move(tokens, make_map(kind, np.random.default_rng(1), (B,), N, K, False))
+        np.testing.assert_array_equal(moved.memo["held"], memo["held"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import jax
 import numpy as np
@@ -42,6 +43,17 @@ def split(site: str) -> tuple[str, int, int]:
     kind, *layers = re.split(r"_(?=\d)", site)
     first, *_, last = [int(layer) for layer in layers * 2] or (0, 0)
     return kind, first, last
+
+
+IN_LAYER = ("before", "around", "around_attention", "keys", "inside", "mid", "around_mlp", "after")
+
+
+def when(site: str) -> tuple[int, ...]:
+    """A key that sorts sites by when they act: what encloses several layers before those."""
+    kind, first, last = split(site)
+    if kind in ("input", "output"):
+        return (-1 if kind == "input" else sys.maxsize,)
+    return first, first - last, IN_LAYER.index(kind)
 
 
 def check_row_is_true(row: Row) -> None:
@@ -126,7 +138,7 @@ def check_sources_are_the_maps_composed(row: Row) -> None:
     for report, valid, _ in reports(row):
         where = np.where(valid, np.arange(valid.shape[1])[None], -1)
         spans = [(len(report.counts), where)]  # that are open, and to which layer
-        for site, map_ in sorted(report.maps.items(), key=lambda item: item[0] != "input"):
+        for site, map_ in sorted(report.maps.items(), key=lambda item: when(item[0])):
             kind, first, last = split(site)
             first = len(report.counts) if kind == "output" else first
             spans = [span for span in spans if span[0] >= first]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from tests.golden_adapters.boundaries import BOUNDARIES
+from tests.golden_adapters.caching import CACHING
 from tests.golden_adapters.case import Adapter
 from tests.golden_adapters.compressors import COMPRESSORS
 from tests.golden_adapters.connectors import CONNECTORS
@@ -11,6 +12,7 @@ from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
 from tests.golden_adapters.gates import GATES
+from tests.golden_adapters.halting import HALTING
 from tests.golden_adapters.kv import KV
 from tests.golden_adapters.kv_storage import KV_STORAGE
 from tests.golden_adapters.kv_traces import KV_TRACES
@@ -45,5 +47,5 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
     },
     "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
     "kv": {**KV, **KV_STORAGE, **KV_TRACES},
-    "vit": VIT,
+    "vit": {**VIT, **CACHING, **HALTING},
 }

@@ -1,6 +1,10 @@
 """Rows of methods on images."""
 
 from tests.methods_table.row import CHANCE, LAST, NO_TWIN, TRAINED_PACKED, Row
+from tokred.gates import PonderHalting
+from tokred.methods.ats import ATS, quantiles_of
+from tokred.methods.avit import AViT
+from tokred.methods.clca import AddTokens
 from tokred.methods.diffrate import DiffRate
 from tokred.methods.lavit import LaVIT
 from tokred.methods.pooling import Pool
@@ -101,6 +105,30 @@ VISION = (
         exempt={},
     ),
     Row(
+        "ats",
+        left=7,
+        easy={"keep": 0.4},
+        hard={"keep": 0.4, "rule": "paper", "samples": 12, "layers": (1, 3)},
+        padding=lambda layout: ATS(8, quantiles_of("official", 8)),
+    ),
+    Row("tokencut", left=6, easy={"keep": 0.7}, hard={**LAST, "weighted": True, "tau": 0.0}),
+    Row(
+        "clca",
+        left=9,
+        easy={"keep": 0.5},
+        hard={"keep": 0.4, "layers": (1, 3), "own": 2, "last": False},
+        padding=lambda layout: AddTokens(2),
+        learned=True,
+        trains="packed",
+        merges=True,
+        exempt={
+            **TRAINED_PACKED,
+            "soft_is_packed": "it has no soft twin",
+            "edge_keep_one": "it brings entries of its cache back",
+            "edge_all_but_one": "it brings entries of its cache back",
+        },
+    ),
+    Row(
         "diffrate",
         left=5,
         easy={"keep": 0.25},
@@ -176,5 +204,21 @@ VISION = (
         twins="exact",
         exact={"keep": 0.5},
         exempt={},
+    ),
+    Row(
+        "avit",
+        left=9,
+        easy={"keep": 0.5, "scale": 2.0, "centre": 1.0},
+        hard={"keep": 0.4, "scale": 4.0, "centre": 0.0, "eps": 0.1},
+        but_one={"keep": 0.94},
+        padding=lambda layout: AViT(0, 4, 8, PonderHalting(2.0, 0.0)),
+        learned=True,
+        twins="exact",
+        exact={"keep": 0.8, "scale": 2.0, "centre": -2.0},
+        exempt={
+            "nothing_removed_is_identity": "its result is a mean of all states of a token",
+            "training_twin_learns": "its logit is a channel of the stream, without own weights",
+            "packed_twin_does_not_learn": "its logit is a channel of the stream",
+        },
     ),
 )

@@ -20,10 +20,13 @@ from tokred.select.match import (
     merge_to_nearest,
     nearest_kept,
 )
+from tokred.select.sample import as_shares, keep_quantiles, nearest_quantiles
 
 __all__ = [
+    "as_shares",
     "grid_cells",
     "keep_above",
+    "keep_quantiles",
     "keep_static",
     "keep_top_k",
     "keep_where",
@@ -33,6 +36,7 @@ __all__ = [
     "merge_into",
     "merge_to_nearest",
     "nearest_kept",
+    "nearest_quantiles",
     "pool_cells",
     "rank_tokens",
     "rank_within",
