@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tokred.nn.mlp import gelu
+from tokred.nn.mlp import activate
 
 NORM_EPS = 1e-5
 
@@ -50,4 +50,4 @@ class StatesHead(nnx.Module):
         y = jnp.einsum("...rd,dgr->...dg", x, self.mix[...])
         y = y + bias.reshape((1,) * (y.ndim - 2) + bias.shape)
         y = self.norm2(y.reshape(*y.shape[:-2], -1), use_running_average=not train)
-        return self.out(gelu(y, "exact"))
+        return self.out(activate(y, "gelu"))
