@@ -14,14 +14,17 @@ from tokred.select.keep import (
     rank_within,
 )
 from tokred.select.match import (
+    alternate,
     match_bipartite,
     match_kth,
     match_random,
+    match_sets,
     merge_to_nearest,
     nearest_kept,
 )
 
 __all__ = [
+    "alternate",
     "grid_cells",
     "keep_above",
     "keep_static",
@@ -30,6 +33,7 @@ __all__ = [
     "match_bipartite",
     "match_kth",
     "match_random",
+    "match_sets",
     "merge_into",
     "merge_to_nearest",
     "nearest_kept",
