@@ -10,6 +10,7 @@ from tests.golden_adapters.core import CORE
 from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
+from tests.golden_adapters.fusion import FUSION
 from tests.golden_adapters.gates import GATES
 from tests.golden_adapters.kv import KV
 from tests.golden_adapters.kv_storage import KV_STORAGE
@@ -45,5 +46,5 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
     },
     "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
     "kv": {**KV, **KV_STORAGE, **KV_TRACES},
-    "vit": VIT,
+    "vit": {**VIT, **FUSION},
 }

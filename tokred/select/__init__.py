@@ -7,6 +7,7 @@ and stop the gradient: it flows through what a map moves, never through the choi
 from tokred.select.group import grid_cells, merge_into, pool_cells
 from tokred.select.keep import (
     keep_above,
+    keep_representatives,
     keep_static,
     keep_top_k,
     keep_where,
@@ -27,6 +28,7 @@ __all__ = [
     "alternate",
     "grid_cells",
     "keep_above",
+    "keep_representatives",
     "keep_static",
     "keep_top_k",
     "keep_where",
