@@ -70,15 +70,13 @@ def score_by_energy(
     for tokens in a large cluster.
 
     kernel: 'elu' of what exceeds `margin`, -`alpha` at least · 'gaussian' of 1 - similarity, with
-    the width 1 - `margin`. Static: margin, alpha, kernel. Raises ValueError for another kernel.
+    the width 1 - `margin`. Static: margin, alpha, kernel.
     """
-    kernels = {
-        "elu": lambda s: jax.nn.elu(s - margin, alpha),
-        "gaussian": lambda s: jnp.exp(-jnp.square((1 - s) / (1 - margin)) / 2),
-    }
-    if kernel not in kernels:
-        raise ValueError(f"score_by_energy: kernel={kernel!r} must be one of {tuple(kernels)}.")
-    near = kernels[kernel](jax.lax.stop_gradient(similar))
+    similar = jax.lax.stop_gradient(similar)
+    if kernel == "gaussian":
+        near = jnp.exp(-jnp.square((1 - similar) / (1 - margin)) / 2)
+    else:
+        near = jax.nn.elu(similar - margin, alpha)
     if valid is None:
         return -near.mean(-1)
     near = jnp.where(valid[..., None, :], near, 0.0)
@@ -107,9 +105,9 @@ def rms_of_telling_heads(
     high: float,
     valid: Bool[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B N"]:
-    """The root mean square of `ranks` over the heads that tell tokens apart, but not by a few alone:
-    whose variance over the valid tokens, at a mean of 1, lies in [low, high]; over all if none does.
-    """
+    """The root mean square of `ranks` over the heads that tell tokens apart, but not a few alone:
+    their variance over the valid tokens, at a mean of 1, lies in [low, high]. Over all heads if
+    none does."""
     alive = jnp.ones((*ranks.shape[:-2], ranks.shape[-1]), bool) if valid is None else valid
     alive = alive[..., None, :]
     count = jnp.maximum(alive.sum(-1, keepdims=True), 1)

@@ -114,7 +114,7 @@ VISION = (
     ),
     Row(
         "zero_tprune",
-        left=8,
+        left=9,
         easy={"keep": 0.5},
         hard={"keep": 0.3, "layers": (0, 3), "split": "alternate"},
         padding=lambda layout: ZeroTPrune(8, 4),

@@ -106,7 +106,7 @@ class MCTF(Reduction):
         return jnp.broadcast_to(scores, (*tokens.batch, len(a), len(b)))
 
     def move(self, tokens: Tokens, map_: TokenMap, evidence: Mapping[str, Array]) -> Tokens:
-        how, weight = self.pooled(tokens, evidence)
+        how, weight = self.pooled(tokens, map_, evidence)
         moved = move(tokens, map_, how=how, weight=weight)
         if self.ahead == 1:
             probs = map_.lift().lift().apply(evidence[PROBS.name], "sum", axis=-1)
@@ -117,7 +117,7 @@ class MCTF(Reduction):
         return moved.replace(proportional=tokens.proportional or self.proportional)
 
     def pooled(
-        self, tokens: Tokens, evidence: Mapping[str, Array]
+        self, tokens: Tokens, map_: TokenMap, evidence: Mapping[str, Array]
     ) -> tuple[str, Float[Array, "*B N"] | None]:
         """How features and rows of attention become one: (rule, weight)."""
         if self.pooling in ("mean", "max"):
@@ -125,7 +125,10 @@ class MCTF(Reduction):
         weight, received = tokens.sizes(), self.received(tokens, evidence)
         if self.pooling == "attention" and received is not None:
             weight = weight * jnp.maximum(received, LEAST)
-        return "weighted", jax.lax.stop_gradient(weight)
+        weight = jax.lax.stop_gradient(weight)
+        total = map_.restore(map_.apply(weight, "sum"))
+        # Shares first: that of a token alone is 1, and leaves it as it is, bit for bit.
+        return "weighted_sum", weight / jnp.where(total == 0, 1.0, total)
 
 
 def _small(

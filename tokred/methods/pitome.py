@@ -24,6 +24,7 @@ from tokred.select.rows import static_rows
 from tokred.tokens import Tokens
 
 SPLITS = ("alternate", "halves", "closest")
+KERNELS = ("elu", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class PiToMe(ToMe):
     kernel: str = "elu"
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"pitome: split={self.split!r} must be one of {SPLITS}; change split.")
+        for field, known in (("split", SPLITS), ("kernel", KERNELS)):
+            if (value := getattr(self, field)) not in known:
+                raise ValueError(f"pitome: {field}={value!r} must be one of {known}; change it.")
 
     def counts(self, n: int, prefix: int) -> int:
         body, whole = n - prefix, self.split == "closest"
@@ -120,6 +122,10 @@ def pitome(
     depth = layout.depth
     early = math.ceil(depth / 2)
     splits = ("closest",) * early + ("alternate",) * (depth - early) if splits is None else splits
+    if len(splits) != depth:
+        raise ValueError(
+            f"pitome: splits={splits} must name one for each of {depth} layers; change splits."
+        )
     steps = []
     for i, (r, split) in enumerate(zip(removals(layout, keep, ratio), splits, strict=True)):
         how = (margin * (1 - i / depth), alpha, split, kernel)

@@ -122,10 +122,13 @@ def zero_tprune(
     where, every second one by default. similar: the share that leaves by similarity.
     split: see `ZeroTPrune`.
     """
+    if not 0 <= similar <= 1:
+        raise ValueError(f"zero_tprune: similar={similar} must lie in [0, 1]; change similar.")
     layers = range(1, layout.depth - 1, 2) if layers is None else layers
-    steps, n = [], layout.tokens - layout.prefix
+    steps, n, walks = [], layout.tokens - layout.prefix, walk_lengths(layout.depth)
     for layer, k in zip(layers, linear(n, keep, layers), strict=True):
-        prune = ZeroTPrune(k, int(similar * (n - k)), walk_lengths(layout.depth)[layer], split=split)
+        walk = walks[layer] if layer < layout.depth else 1
+        prune = ZeroTPrune(k, int(similar * (n - k)), walk, split=split)
         steps += [(Site("mid", layer), prune)] * (k < n)
         n = k
     return Plan(tuple(steps), name="zero_tprune")

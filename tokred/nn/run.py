@@ -163,13 +163,10 @@ def _check_given(here: Here, tokens: Tokens) -> None:
         return
     kinds = {site.kind for site, _ in here.plan.of_layer(here.layer)}
     others = sorted(kinds & {"around", "around_attention", "keys", "inside"})
-    seen = tokens.extra[ATTENTION].shape[-1]
-    able = hasattr(here.block, "attend_given") and here.cache is None
-    if others or seen != tokens.n or not able:
+    if others or here.cache is not None or not hasattr(here.block, "attend_given"):
         raise ValueError(
-            f"layer {here.layer}: attention among {seen} tokens, known one step ahead, meets "
-            f"{tokens.n} of them, reductions at {others} and a {type(here.block).__name__}; it "
-            "needs the same tokens, no such reductions, and a ViT's block."
+            f"layer {here.layer}: its attention is known one step ahead, but it is a "
+            f"{type(here.block).__name__} with reductions at {others}; use it in a ViT, with none."
         )
 
 

@@ -76,9 +76,7 @@ def _closest(
     return leave, gather(similar.argmax(-1), leave, axis=axis), order[..., r:]
 
 
-def _join(
-    pairs: Sequence[tuple[Array, Array]], stay: Array, n: int, valid: Array | None
-) -> Assign:
+def _join(pairs: Sequence[tuple[Array, Array]], stay: Array, n: int, valid: Array | None) -> Assign:
     """Tokens `stay` [*B K] are the outputs' own, in order. Of each (tokens, tokens [*B r]), one
     after the other, the first join the second, wherever those go in turn."""
     k, axis = stay.shape[-1], stay.ndim - 1
