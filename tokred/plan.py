@@ -14,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 from tokred.maps import TokenMap
 from tokred.site import (
     AROUND,
+    ATTENTION,
     EVIDENCE,
     EXPERT_WEIGHT,
     LAYER_SITES,
@@ -28,6 +29,7 @@ from tokred.tokens import Tokens, move
 
 __all__ = [
     "AROUND",
+    "ATTENTION",
     "EVIDENCE",
     "EXPERT_WEIGHT",
     "LAYER_SITES",

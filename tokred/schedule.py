@@ -30,6 +30,12 @@ def linear(n: int, keep: float, layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(1, round(n * (1 - (1 - keep) * (i + 1) / steps))) for i in range(steps))
 
 
+def geometric(n: int, keep: float, layers: Sequence[int]) -> tuple[int, ...]:
+    """The same share leaves at every layer, from n to keep * n after the last one."""
+    steps = len(layers)
+    return tuple(max(1, round(n * keep ** ((i + 1) / steps))) for i in range(steps))
+
+
 def cosine(n: int, keep: float, layers: Sequence[int]) -> tuple[int, ...]:
     """Half a cosine from n to keep * n after the last layer: slow, fast, slow."""
     wave = lambda t: keep + (1 - keep) * (math.cos(math.pi * t) + 1) / 2  # noqa: E731
@@ -53,6 +59,7 @@ SCHEDULES: dict[str, Callable[..., tuple[int, ...]]] = {
     "constant": constant,
     "stages": stages,
     "linear": linear,
+    "geometric": geometric,
     "cosine": cosine,
     "sigmoid": sigmoid,
 }

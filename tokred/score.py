@@ -113,3 +113,74 @@ def unit_rows(metric: Float[Array, "*B N E"]) -> Float[Array, "*B N E"]:
 def cosine(a: Float[Array, "*B N E"], b: Float[Array, "*B M E"]) -> Float[Array, "*B N M"]:
     """Cosine similarity of every pair of rows, float32."""
     return jnp.einsum("...ne,...me->...nm", unit_rows(a), unit_rows(b))
+
+
+def score_by_received(
+    probs: Float[Array, "*B H N M"], valid: Bool[Array, "*B N"] | None = None
+) -> Float[Array, "*B M"]:
+    """Attention that each key receives: the mean over heads and valid queries."""
+    probs = jax.lax.stop_gradient(probs)
+    if valid is None:
+        return probs.mean((-3, -2))
+    weight = valid / jnp.maximum(valid.sum(-1, keepdims=True), 1)
+    return jnp.einsum("...nm,...n->...m", probs.mean(-3), weight)
+
+
+def score_by_energy(
+    similar: Float[Array, "*B N N"],
+    *,
+    margin: float,
+    alpha: float = 1.0,
+    kernel: str = "elu",
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Float[Array, "*B N"]:
+    """Minus PiToMe's energy, the mean of a kernel of each token's cosine similarity to all: lowest
+    for tokens in a large cluster.
+
+    kernel: 'elu' of what exceeds `margin`, -`alpha` at least · 'gaussian' of 1 - similarity, with
+    the width 1 - `margin`. Static: margin, alpha, kernel.
+    """
+    similar = jax.lax.stop_gradient(similar)
+    if kernel == "gaussian":
+        near = jnp.exp(-jnp.square((1 - similar) / (1 - margin)) / 2)
+    else:
+        near = jax.nn.elu(similar - margin, alpha)
+    if valid is None:
+        return -near.mean(-1)
+    near = jnp.where(valid[..., None, :], near, 0.0)
+    return -near.sum(-1) / jnp.maximum(valid.sum(-1, keepdims=True), 1)
+
+
+def score_by_pagerank(
+    probs: Float[Array, "*B H N N"],
+    iterations: int,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Float[Array, "*B H N"]:
+    """Weighted PageRank of each head's attention graph: in every iteration tokens hand all they
+    have to those that they attend to. It starts equal and always sums to 1. Static: iterations.
+    """
+    probs = jax.lax.stop_gradient(probs)
+    alive = jnp.ones((*probs.shape[:-3], probs.shape[-1]), bool) if valid is None else valid
+    start = alive / jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    start = jnp.broadcast_to(start[..., None, :].astype(probs.dtype), probs.shape[:-1])
+    hand_on = lambda _, rank: jnp.einsum("...nm,...n->...m", probs, rank)  # noqa: E731
+    return jax.lax.fori_loop(0, iterations, hand_on, start)
+
+
+def rms_of_telling_heads(
+    ranks: Float[Array, "*B H N"],
+    low: float,
+    high: float,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Float[Array, "*B N"]:
+    """The root mean square of `ranks` over the heads that tell tokens apart, but not a few alone:
+    their variance over the valid tokens, at a mean of 1, lies in [low, high]. Over all heads if
+    none does."""
+    alive = jnp.ones((*ranks.shape[:-2], ranks.shape[-1]), bool) if valid is None else valid
+    alive = alive[..., None, :]
+    count = jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    variance = jnp.where(alive, jnp.square(ranks * count - 1), 0.0).sum(-1) / count[..., 0]
+    kept = (variance >= low) & (variance <= high)
+    kept = kept | ~kept.any(-1, keepdims=True)
+    square = jnp.where(kept[..., None], jnp.square(ranks), 0.0).sum(-2)
+    return jnp.sqrt(square / kept.sum(-1, keepdims=True))

@@ -15,6 +15,7 @@ EVIDENCE = (
 )  # fmt: skip
 PARTS = ("", "vision", "connector", "decoder")
 EXPERT_WEIGHT = "expert_weight"  # in Tokens.extra: weights of the next MLP's experts
+ATTENTION = "attention"  # in Tokens.extra: [*B N H N], the probabilities of the next attention
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

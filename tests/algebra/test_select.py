@@ -27,6 +27,13 @@ def shares_of(scores, valid):
     return select.as_shares(scores, prefix=PREFIX, valid=valid)
 
 
+def both_ways(x, r, back, valid):
+    """`r` even tokens merge into odd ones, then `back` odd ones into even ones."""
+    a, b = select.alternate(x.shape[1], PREFIX)
+    how = {"front": range(PREFIX), "back": back, "ordered": True, "valid": valid}
+    return select.match_sets(cosine(x[:, a], x[:, b]), a, b, r, x.shape[1], **how)
+
+
 # Each takes features [B N E], scores [B N] in [0, 1) and valid.
 SELECTIONS = {
     "keep_top_k": lambda x, s, valid: select.keep_top_k(s, 4, prefix=PREFIX, valid=valid),
@@ -42,6 +49,10 @@ SELECTIONS = {
         shares_of(s, valid), POINTS, 4, prefix=PREFIX, valid=valid, ascending=False
     )[0],
     "match_bipartite": lambda x, s, valid: select.match_bipartite(x, 3, prefix=PREFIX, valid=valid),
+    "match_both_ways": lambda x, s, valid: both_ways(x, 3, 2, valid),
+    "keep_representatives": lambda x, s, valid: select.keep_representatives(
+        both_ways(x, 2, 2, valid)
+    ),
     "match_kth": lambda x, s, valid: select.match_kth(x, 4, prefix=PREFIX, valid=valid),
     "match_random": lambda x, s, valid: select.match_random(x, 3, s, prefix=PREFIX, valid=valid),
     "merge_to_nearest": lambda x, s, valid: select.merge_to_nearest(
@@ -51,7 +62,10 @@ SELECTIONS = {
         (x.shape[1] - PREFIX, 1), ((x.shape[1] - PREFIX) // 4, 1), (B,), prefix=PREFIX, valid=valid
     ),
 }
-MERGES = ("match_bipartite", "match_kth", "match_random", "merge_to_nearest", "pool_cells")
+MERGES = (
+    "match_bipartite", "match_both_ways", "match_kth", "match_random", "merge_to_nearest",
+    "pool_cells",
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -186,6 +200,38 @@ def test_bipartite_merges_the_most_similar_pairs(seed):
         np.testing.assert_array_equal(map_.target[b], target)
 
 
+@given(seed=seeds)
+@few
+def test_matching_back_takes_along_what_was_merged(seed):
+    _, x, scores = inputs(seed)
+    map_, _, _ = run("match_both_ways", x, scores, None)
+    similar = np.asarray(cosine(x[:, 2::2], x[:, 1::2]))
+    for b in range(B):
+        into = {}
+        leave = np.argsort(-similar[b].max(-1), kind="stable")[:3]
+        left = sorted(set(range(4)) - set(leave))
+        back = similar[b][left].T  # [odd, even that are left]
+        order = np.argsort(-back.max(-1), kind="stable")
+        into |= {1 + 2 * j: 2 + 2 * left[back[j].argmax()] for j in order[:2]}
+        into |= {2 + 2 * i: 1 + 2 * similar[b, i].argmax() for i in leave}
+        stay = [0, *(2 + 2 * i for i in left), *(1 + 2 * j for j in order[2:])]
+        for token in range(N):
+            end = token
+            while end in into:
+                end = into[end]
+            assert map_.target[b, token] == stay.index(end)
+        np.testing.assert_array_equal(map_.index[b], stay)
+
+
+def test_representatives_drop_what_would_merge():
+    _, x, _ = inputs(3)
+    valid = jnp.arange(N)[None] < jnp.array([[N], [4]])
+    map_ = both_ways(x, 2, 2, valid)
+    kept = select.keep_representatives(map_)
+    np.testing.assert_array_equal(kept.index, map_.index)
+    np.testing.assert_array_equal(kept.valid, jnp.take_along_axis(valid, map_.index, 1))
+
+
 def test_nothing_merged_is_a_permutation():
     _, x, scores = inputs(1)
     for map_ in (
@@ -235,6 +281,8 @@ def bad_calls():
         "keep_top_k: k=0": lambda: select.keep_top_k(scores, 0),
         "order='size' must be": lambda: select.keep_top_k(scores, 1, order="size"),
         "match_bipartite: r=-1": lambda: select.match_bipartite(x, -1),
+        "match_sets: r=3 must lie in [0, 1]": lambda: both_ways(x, 3, 0, None),
+        "match_sets: back=3 must lie in [0, 2]": lambda: both_ways(x, 0, 3, None),
         "match_kth: every=0": lambda: select.match_kth(x, 0),
         "match_random: r=4 must lie in [0, 3]": lambda: select.match_random(x, 4, scores),
         "merge_to_nearest: k=1 must lie in [2, 4]": lambda: select.merge_to_nearest(x, 1, prefix=1),

@@ -11,6 +11,7 @@ from tests.golden_adapters.core import CORE
 from tests.golden_adapters.deletion import DELETION
 from tests.golden_adapters.depth_text import DEPTH_TEXT
 from tests.golden_adapters.depth_vision import DEPTH_VISION
+from tests.golden_adapters.fusion import FUSION
 from tests.golden_adapters.gates import GATES
 from tests.golden_adapters.halting import HALTING
 from tests.golden_adapters.kv import KV
@@ -47,5 +48,5 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
     },
     "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
     "kv": {**KV, **KV_STORAGE, **KV_TRACES},
-    "vit": {**VIT, **CACHING, **HALTING},
+    "vit": {**VIT, **CACHING, **FUSION, **HALTING},
 }

@@ -7,9 +7,12 @@ from tokred.methods.avit import AViT
 from tokred.methods.clca import AddTokens
 from tokred.methods.diffrate import DiffRate
 from tokred.methods.lavit import LaVIT
+from tokred.methods.mctf import MCTF
+from tokred.methods.pitome import PiToMe
 from tokred.methods.pooling import Pool
 from tokred.methods.tome import ToMe, ToMeKth, ToMeRandom
 from tokred.methods.uniform import UniformGrid
+from tokred.methods.zero_tprune import ZeroTPrune
 
 VISION = (
     Row(
@@ -93,6 +96,32 @@ VISION = (
         merges=False,  # 15 patches are 7 pairs: the one that is over vanishes, as officially
         exempt={**NO_TWIN, "edge_all_but_one": "it leaves one of each `every`"},
         slow=True,
+    ),
+    Row(
+        "mctf",
+        left=5,
+        easy={"keep": 0.25},
+        hard={"r": 0.35, "layers": (1, 3), "pooling": "max"},
+        one={"r": 99, "least": 0, "layers": (0, 1, 2, 3), "both_ways": False},
+        but_one={"r": 1, "layers": (1,), "ahead": 0},
+        padding=lambda layout: MCTF(5, least=0),
+        merges=True,
+    ),
+    Row(
+        "pitome",
+        left=5,
+        easy={"keep": 0.25},
+        hard={"ratio": 0.7, "splits": ["halves"] * 4, "kernel": "gaussian"},
+        but_one={"ratio": 0.93, "splits": ["closest", "alternate"] * 2},
+        padding=lambda layout: PiToMe(4),
+        merges=True,
+    ),
+    Row(
+        "zero_tprune",
+        left=9,
+        easy={"keep": 0.5},
+        hard={"keep": 0.3, "layers": (0, 3), "split": "alternate"},
+        padding=lambda layout: ZeroTPrune(8, 4),
     ),
     Row(
         "dynamicvit",

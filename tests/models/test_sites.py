@@ -14,7 +14,7 @@ from tokred.combine import Combine
 from tokred.maps import Assign, Keep
 from tokred.models import ViT, ViTConfig
 from tokred.nn.run import Here, run_block
-from tokred.plan import Ask, LayerCount, Plan, Reduction, Site
+from tokred.plan import ATTENTION, Ask, LayerCount, Plan, Reduction, Site
 from tokred.report import Call, Report
 from tokred.tokens import Tokens
 
@@ -62,6 +62,17 @@ class Look(Reduction):
 
     def counts(self, n: int, prefix: int) -> int:
         return n
+
+
+@dataclasses.dataclass(frozen=True)
+class Known(Look):
+    """Gives the next attention twice the probabilities that it asked for."""
+
+    asks: tuple[Ask, ...] = (Ask("probs"),)
+
+    def __call__(self, tokens, evidence, state=None, **_: Any):
+        twice = 2.0 * jnp.swapaxes(evidence["probs"], 1, 2)
+        return tokens.replace(extra={ATTENTION: twice}), None, state, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +170,19 @@ def test_around_puts_the_update_back(kind: str, weigh: bool):
     out = out + last.feed(out) if kind == "around_attention" else out
     np.testing.assert_allclose(report.tokens.x, MODEL.norm(out), rtol=1e-3, atol=1e-4)
     assert report.counts[2].out == N and report.tokens.source is None
+
+
+def test_attention_that_is_known_beforehand():
+    """It acts in one layer and is gone then."""
+    report = run((Site("before", 1), Known()))
+    x = layer_input(1)
+    block, last = MODEL.blocks[1], MODEL.blocks[2]
+    _, _, v = block.project(Tokens(x))
+    y = jnp.einsum("bhqk,bkhe->bqhe", 2.0 * probabilities(x, block), v)
+    x = x + block.attn.out(y.reshape(*y.shape[:2], -1))
+    expected = MODEL.norm(_layer(x + block.feed(x), last))
+    np.testing.assert_allclose(report.tokens.x, expected, rtol=1e-3, atol=1e-4)
+    assert ATTENTION not in report.tokens.extra
 
 
 def test_skipped_tokens_are_unchanged():

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tokred.ops import attention
+from tokred.ops import attention, weighted_values
 from tokred.tokens import Tokens
 
 
@@ -69,4 +69,11 @@ class Attention(nnx.Module):
             policy_eps=keys.policy_eps,
             implementation=self.implementation,
         )
+        return self.out(y.reshape(*y.shape[:-2], -1))
+
+    def attend_given(
+        self, probs: Float[Array, "*B H N M"], v: Float[Array, "*B M H E"]
+    ) -> Float[Array, "*B N D"]:
+        """The same, with probabilities that are known."""
+        y = weighted_values(probs, v)
         return self.out(y.reshape(*y.shape[:-2], -1))

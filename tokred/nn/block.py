@@ -77,6 +77,12 @@ class Block(Residual):
         """The attention branch's update of the queries' residual stream."""
         return _scaled(self.attn.attend(q, k, v, keys), self.scale1)
 
+    def attend_given(
+        self, probs: Float[Array, "*B H N M"], v: Float[Array, "*B M H E"]
+    ) -> Float[Array, "*B N D"]:
+        """The same, with probabilities that are known."""
+        return _scaled(self.attn.attend_given(probs, v), self.scale1)
+
     def feed(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
         """The MLP branch's update."""
         return _scaled(self.mlp(self.norm2(x)), self.scale2)

@@ -15,7 +15,7 @@ from tokred.combine import Combine
 from tokred.evidence import Seen, provide
 from tokred.maps import TokenMap
 from tokred.nn.block import drop_path
-from tokred.plan import EXPERT_WEIGHT, Ask, Plan, Site
+from tokred.plan import ATTENTION, EXPERT_WEIGHT, Ask, Plan, Site
 from tokred.report import Call, Record, reduce_at
 from tokred.tokens import Tokens
 
@@ -152,9 +152,23 @@ class Here:
 def run_block(here: Here, tokens: Tokens) -> Ran:
     """One layer under the plan."""
     tokens, first = here.reduce("before", tokens)
+    _check_given(here, tokens)
     tokens, rest, source, cache = _around(here, "around", tokens, _whole)
     tokens, last = here.reduce("after", tokens)
     return Ran(tokens, first + rest + last, source, cache)
+
+
+def _check_given(here: Here, tokens: Tokens) -> None:
+    """Attention that is known beforehand is of all tokens as they are now."""
+    if ATTENTION not in tokens.extra:
+        return
+    kinds = {site.kind for site, _ in here.plan.of_layer(here.layer)}
+    others = sorted(kinds & {"around", "around_attention", "keys", "inside"})
+    if others or here.cache is not None or not hasattr(here.block, "attend_given"):
+        raise ValueError(
+            f"layer {here.layer}: its attention is known one step ahead, but it is a "
+            f"{type(here.block).__name__} with reductions at {others}; use it in a ViT, with none."
+        )
 
 
 def _whole(here: Here, tokens: Tokens) -> Ran:
@@ -220,6 +234,7 @@ def _maybe(here: Here, tokens: Tokens, map_: TokenMap | None, inner: Callable) -
 
 
 def _attention(here: Here, tokens: Tokens) -> Ran:
+    tokens, given = _take_attention(tokens)
     q, k, v = here.block.project(tokens)
     seen = Seen(q, k, v, tokens.x, tokens, **here.block.evidence(tokens))
     keys, at_keys = here.reduce("keys", tokens, seen)
@@ -231,10 +246,22 @@ def _attention(here: Here, tokens: Tokens) -> Ran:
     moved = keys.n != tokens.n or queries.n != tokens.n
     if moved and tokens.policy is not None:
         raise ValueError(f"layer {here.layer}: a policy needs all queries and keys; use one twin.")
-    update, cache = here.attend(q, k, v, queries, keys)
+    if given is None:
+        update, cache = here.attend(q, k, v, queries, keys)
+    else:
+        update, cache = here.block.attend_given(given, v), None
     tokens = _store(here, here.join(queries, update, 0), seen)
     after, middle = here.reduce("mid", tokens, seen)
     return Ran(after, at_keys + at_queries + middle, queries.sources(), cache)
+
+
+def _take_attention(tokens: Tokens) -> tuple[Tokens, Array | None]:
+    """(tokens without it, probabilities [*B H N N] that a reduction left for this attention)."""
+    if ATTENTION not in tokens.extra:
+        return tokens, None
+    extra = dict(tokens.extra)
+    given = jnp.swapaxes(extra.pop(ATTENTION), -3, -2)
+    return tokens.replace(extra=extra), given
 
 
 def _move_keys(record: Record, k: Array, v: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from tokred.ops.attention import (
     cached_probs,
     position_mask,
     softmax,
+    weighted_values,
 )
 from tokred.ops.gather import gather, put
 from tokred.ops.segment import segment_max, segment_sum
@@ -31,4 +32,5 @@ __all__ = [
     "segment_sum",
     "softmax",
     "top_k",
+    "weighted_values",
 ]

@@ -44,7 +44,7 @@ def attention(
         how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
         how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
         probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
-        return _weigh(probs, v)
+        return weighted_values(probs, v)
     table = {
         "xla": functools.partial(_fused, implementation="xla"),
         "cudnn": functools.partial(_fused, implementation="cudnn"),
@@ -132,7 +132,10 @@ def _capped(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _weigh(probs: Float[Array, "*B H N M"], v: Float[Array, "*B M G E"]) -> Array:
+def weighted_values(
+    probs: Float[Array, "*B H N M"], v: Float[Array, "*B M G E"]
+) -> Float[Array, "*B N H E"]:
+    """What attention with these probabilities gives. Gradient: to both."""
     return jnp.einsum("...hnm,...mhe->...nhe", probs.astype(v.dtype), per_query_head(v, probs))
 
 
@@ -170,7 +173,7 @@ def _fused(
 
 
 def _reference(q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float) -> Array:
-    return _weigh(attention_probs(q, k, pair_bias=bias, mask=mask, scale=scale), v)
+    return weighted_values(attention_probs(q, k, pair_bias=bias, mask=mask, scale=scale), v)
 
 
 def attention_probs(

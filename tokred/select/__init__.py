@@ -7,6 +7,7 @@ and stop the gradient: it flows through what a map moves, never through the choi
 from tokred.select.group import grid_cells, merge_into, pool_cells
 from tokred.select.keep import (
     keep_above,
+    keep_representatives,
     keep_static,
     keep_top_k,
     keep_where,
@@ -14,25 +15,30 @@ from tokred.select.keep import (
     rank_within,
 )
 from tokred.select.match import (
+    alternate,
     match_bipartite,
     match_kth,
     match_random,
+    match_sets,
     merge_to_nearest,
     nearest_kept,
 )
 from tokred.select.sample import as_shares, keep_quantiles, nearest_quantiles
 
 __all__ = [
+    "alternate",
     "as_shares",
     "grid_cells",
     "keep_above",
     "keep_quantiles",
+    "keep_representatives",
     "keep_static",
     "keep_top_k",
     "keep_where",
     "match_bipartite",
     "match_kth",
     "match_random",
+    "match_sets",
     "merge_into",
     "merge_to_nearest",
     "nearest_kept",

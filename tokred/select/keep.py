@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokred.maps import Keep
+from tokred.maps import Assign, Keep
 from tokred.ops import gather, top_k
 from tokred.score import mask_scores
 from tokred.select.rows import check_range, leading_row, static_rows
@@ -118,6 +118,13 @@ def rank_tokens(
 ) -> Keep:
     """All tokens by descending score, the prefix first: a permutation."""
     return keep_top_k(scores, scores.shape[-1] - prefix, prefix=prefix, valid=valid)
+
+
+def keep_representatives(map_: Assign) -> Keep:
+    """The tokens that stand for the groups of a merge, the other members dropped."""
+    axis = map_.target.ndim - 1
+    valid = None if map_.valid is None else gather(map_.target, map_.index, axis=axis) < map_.k
+    return Keep(map_.index, map_.n, valid)
 
 
 def keep_static(index: Sequence[int], n: int, batch: tuple[int, ...], *, prefix: int = 0) -> Keep:

@@ -1,18 +1,96 @@
-"""Matching: which tokens merge into which, by the similarity of their features."""
+"""Matching: which tokens merge into which, by their similarity."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tokred.maps import Assign
-from tokred.ops import gather, segment_sum, top_k
+from tokred.ops import gather, put, segment_sum, top_k
 from tokred.score import cosine
 from tokred.select.group import merge_into
 from tokred.select.rows import check_range, leading_row, static_rows
 
-PROTECTED = -jnp.inf
-ABSENT = -1e30  # an invalid token: leaves before any protected one, after every real match
+NEVER = -jnp.inf
+ABSENT = -1e30  # a pair with an absent token: after every real match
+
+
+def match_sets(
+    similar: Float[Array, "*B A C"],
+    a: Int[Array, "*B A"] | np.ndarray,
+    b: Int[Array, "*B C"] | np.ndarray,
+    r: int,
+    n: int,
+    *,
+    front: Int[Array, "*B P"] | np.ndarray | Sequence[int] = (),
+    back: int = 0,
+    ordered: bool = False,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:
+    """`r` of the tokens `a` merge into the most similar of the tokens `b`, the closest pairs first;
+    then `back` of `b`, with what they took in, into the most similar of what is left of `a`.
+
+    similar: of every a with every b. a, b, front: distinct tokens of `n`, the same for all examples
+    where they have no batch axes; a token in none of them is dropped. Absent tokens leave last.
+    Output order: front, what stays of a by descending similarity to its best b (ordered: as given),
+    what stays of b (as given; after moving back by descending similarity).
+    Static: r, n, back, ordered. Gradient: none.
+
+    Raises:
+      ValueError: more than `a` or `b` hold, or nothing is left of `a` to move back to.
+    """
+    batch, (rows, columns) = similar.shape[:-2], similar.shape[-2:]
+    check_range("match_sets", "r", r, 0, rows - (back > 0) if columns else 0)
+    check_range("match_sets", "back", back, 0, columns)
+    spread = lambda index: static_rows(index, batch) if np.ndim(index) < 2 else index  # noqa: E731
+    front, a, b = spread(front), spread(a), spread(b)
+    if not (rows and columns):
+        return _join([], jnp.concatenate([front, a, b], -1), n, valid)
+    pick = lambda of, index: gather(of, index, axis=len(batch))  # noqa: E731
+    leave, into, rest = _closest(similar, r, a, b, valid)
+    rest = jnp.sort(rest, axis=-1) if ordered else rest
+    pairs = [(pick(a, leave), pick(b, into))]
+    a = pick(a, rest)
+    if back:
+        turned = jnp.swapaxes(pick(similar, rest), -1, -2)
+        leave, into, rest = _closest(turned, back, b, a, valid)
+        pairs.append((pick(b, leave), pick(a, into)))
+        b = pick(b, rest)
+    return _join(pairs, jnp.concatenate([front, a, b], -1), n, valid)
+
+
+def _closest(
+    similar: Array, r: int, a: Array, b: Array, valid: Array | None
+) -> tuple[Array, Array, Array]:
+    """(r rows with the highest maxima, where each has it, the other rows), descending."""
+    similar, axis = jax.lax.stop_gradient(similar), a.ndim - 1
+    if valid is not None:
+        here, there = gather(valid, a, axis=axis)[..., None], gather(valid, b, axis=axis)
+        # A present token may move to an absent slot (nothing is lost), an absent one anywhere.
+        lowest = ABSENT * jnp.where(here, 2.0, 1.0)
+        similar = jnp.where(here & there[..., None, :], similar, lowest)
+    order = top_k(similar.max(-1), similar.shape[-2])[1]
+    leave = order[..., :r]
+    return leave, gather(similar.argmax(-1), leave, axis=axis), order[..., r:]
+
+
+def _join(pairs: Sequence[tuple[Array, Array]], stay: Array, n: int, valid: Array | None) -> Assign:
+    """Tokens `stay` [*B K] are the outputs' own, in order. Of each (tokens, tokens [*B r]), one
+    after the other, the first join the second, wherever those go in turn."""
+    k, axis = stay.shape[-1], stay.ndim - 1
+    slots = static_rows(range(k), stay.shape[:-1])
+    where = segment_sum(slots - k, stay, n, axis=axis) + k
+    for source, into in reversed(pairs):
+        where = put(where, source, gather(where, into, axis=axis), axis=axis)
+    return merge_into(where, k, stay, valid)
+
+
+def alternate(n: int, prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Even and odd positions of `n` tokens behind the prefix: ToMe's two sets. Static."""
+    every = np.arange(prefix, n)
+    return every[every % 2 == 0], every[every % 2 == 1]
 
 
 def match_bipartite(
@@ -30,42 +108,10 @@ def match_bipartite(
     """
     n = metric.shape[-2]
     check_range("match_bipartite", "r", r, 0, n)
-    r = min(r, (n - prefix) // 2)
-    even, odd = np.arange(0, n, 2), np.arange(1, n, 2)
-    metric = jax.lax.stop_gradient(metric)
-    similar = cosine(metric[..., even, :], metric[..., odd, :])
-    similar = _hide(similar, even, odd, prefix, valid)
-    best, partner = similar.max(-1), similar.argmax(-1)
-    edges = top_k(best, best.shape[-1])[1]  # all even tokens, most similar first
-    source, unmerged = edges[..., :r], edges[..., r:]
-    if prefix:
-        unmerged = jnp.sort(unmerged, axis=-1)
-    # The prefix in front: its even members lead `unmerged`, its odd ones `odd`.
-    batch, first, second = best.shape[:-1], (prefix + 1) // 2, prefix // 2
-    rest = [unmerged[..., first:] * 2, static_rows(odd[second:], batch)]
-    stay = jnp.concatenate([static_rows(range(prefix), batch), *rest], -1)
-    slot = gather(partner, source, axis=len(batch)) + prefix + len(even) - r - first - second
-    return _merge_pairs(source * 2, slot, stay, n, valid)
-
-
-def _hide(similar: Array, a: np.ndarray, b: np.ndarray, prefix: int, valid: Array | None) -> Array:
-    """Scores of pairs (a, b) with absent tokens last and protected ones impossible."""
-    if valid is not None:
-        both = valid[..., a][..., :, None] & valid[..., b][..., None, :]
-        # A valid token may move to an absent slot (nothing is lost), an absent one anywhere.
-        similar = jnp.where(both, similar, ABSENT * jnp.where(valid[..., a], 2.0, 1.0)[..., None])
-    protected = (a < prefix)[:, None] | (b < prefix)[None, :]
-    protected = protected.reshape((1,) * (similar.ndim - 2) + protected.shape)
-    return jnp.where(protected, PROTECTED, similar)
-
-
-def _merge_pairs(source: Array, slot: Array, stay: Array, n: int, valid: Array | None) -> Assign:
-    """Tokens `source` [*B r] join output `slot` [*B r]; `stay` [*B K] are the outputs' own
-    tokens in order; a token in neither is dropped."""
-    k, batch = stay.shape[-1], stay.shape[:-1]
-    goes = jnp.concatenate([static_rows(range(k), batch), slot.astype(jnp.int32)], -1) - k
-    index = jnp.concatenate([stay, source], -1)
-    return merge_into(segment_sum(goes, index, n, axis=len(batch)) + k, k, stay, valid)
+    r, (a, b) = min(r, (n - prefix) // 2), alternate(n, prefix)
+    similar = cosine(metric[..., a, :], metric[..., b, :])
+    front = range(prefix)
+    return match_sets(similar, a, b, r, n, front=front, ordered=prefix > 0, valid=valid)
 
 
 def match_kth(
@@ -85,12 +131,8 @@ def match_kth(
     full = (n - prefix) // every * every
     body = np.arange(prefix, prefix + full).reshape(-1, every)
     leave, last = body[:, :-1].reshape(-1), body[:, -1]
-    metric = jax.lax.stop_gradient(metric)
     similar = cosine(metric[..., leave, :], metric[..., last, :])
-    partner = _hide(similar, leave, last, prefix, valid).argmax(-1)
-    batch = metric.shape[:-2]
-    stay = static_rows(np.concatenate([np.arange(prefix), last]), batch)
-    return _merge_pairs(static_rows(leave, batch), partner + prefix, stay, n, valid)
+    return match_sets(similar, leave, last, len(leave), n, front=range(prefix), valid=valid)
 
 
 def match_random(
@@ -106,23 +148,14 @@ def match_random(
 
     Source: facebookresearch/ToMe `random_bipartite_soft_matching`.
     """
-    n = metric.shape[-2]
+    n, axis = metric.shape[-2], metric.ndim - 2
     check_range("match_random", "r", r, 0, n - prefix - 1)
-    alive = jnp.ones(draws.shape, bool) if valid is None else valid
-    # Absent tokens stay, so that r real ones merge; protected ones stay even before them.
-    draws = jnp.where(alive, draws, jnp.finfo(draws.dtype).max)
-    draws = jnp.where(leading_row(jnp.arange(n) < prefix, draws.ndim), jnp.inf, draws)
-    order = jnp.argsort(draws, axis=-1, stable=True).astype(jnp.int32)
-    # The prefix, drawn last, goes in front.
-    source, stay = order[..., :r], jnp.roll(order[..., r:], prefix, axis=-1)
-    metric = jax.lax.stop_gradient(metric)
-    axis = metric.ndim - 2
-    rows = lambda index: gather(metric, index, axis=axis)  # noqa: E731
-    similar = cosine(rows(source), rows(stay))
-    absent = ~gather(alive, stay, axis=axis)
-    similar = jnp.where(absent[..., None, :], ABSENT, similar)
-    similar = jnp.where((stay < prefix)[..., None, :], PROTECTED, similar)
-    return _merge_pairs(source, similar.argmax(-1), stay, n, valid)
+    # Absent tokens stay, so that r real ones merge.
+    draws = draws if valid is None else jnp.where(valid, draws, jnp.finfo(draws.dtype).max)
+    order = jnp.argsort(draws[..., prefix:], axis=-1, stable=True).astype(jnp.int32) + prefix
+    source, stay = order[..., :r], order[..., r:]
+    similar = cosine(gather(metric, source, axis=axis), gather(metric, stay, axis=axis))
+    return match_sets(similar, source, stay, r, n, front=range(prefix), valid=valid)
 
 
 def merge_to_nearest(
@@ -161,7 +194,7 @@ def nearest_kept(
     if valid is not None:
         late = valid[..., k:] if static else valid
         allowed = allowed & late[..., :, None] & valid[..., None, : among.shape[-2]]
-    similar = jnp.where(allowed, similar, PROTECTED)
+    similar = jnp.where(allowed, similar, NEVER)
     best, partner = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
     if valid is None:
         return best, partner
