@@ -18,23 +18,25 @@ def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
 
 
 class Mlp(nnx.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear to `out` channels, None for as many as came in."""
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
+        out: int | None = None,
         kind: str = "exact",
         dtype: Any = None,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.kind = kind
+        out = width if out is None else out
         self.fc1 = nnx.Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, out, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N C"]:
         return self.fc2(gelu(self.fc1(x), self.kind))
 
 
