@@ -20,8 +20,8 @@ CLUSTERS = (
     Row(
         "expedit",
         left=16,
-        easy={"keep": 0.5, "layer": 1},
-        hard={"keep": 0.3, "layer": 2, "window": 3, "temperature": 1.0, "norm": "sum"},
+        easy={"keep": 0.5, "layer": 1, "temperature": 5.0},  # decisive: no tie of belonging
+        hard={"keep": 0.3, "layer": 2, "window": 3, "norm": "sum", "back": "label"},
         padding=lambda layout: Expedit(layout.grid, (layout.grid[0] // 2, layout.grid[1] // 2)),
         merges=True,
         exempt={
@@ -43,8 +43,8 @@ CLUSTERS = (
     Row(
         "sinkhorn",
         left=6,
-        easy={"keep": 0.7},
-        hard={**LAST, "eps": 0.3, "iterations": 2},
+        easy={"keep": 0.7, "eps": 0.1},  # decisive, too
+        hard={**LAST, "eps": 1.0, "iterations": 2},
         merges=True,
         learned=True,
         trains="packed",

@@ -56,8 +56,9 @@ class ScorePool(nnx.Module):
     output; the values are the tokens as they are.
 
     scaled: a learned factor, at first 1. kind: of GELU. The last layer has no bias, which a softmax
-    over tokens would cancel. Source: Zong et al. 2022, Sense-X/SiT `TokenSlimmingModule`; google-research/scenic
-    `TokenLearnerModuleV11`.
+    over tokens would cancel.
+    Source: Zong et al. 2022, Sense-X/SiT `TokenSlimmingModule`; Ryoo et al. 2021,
+    google-research/scenic `TokenLearnerModuleV11`.
     """
 
     def __init__(

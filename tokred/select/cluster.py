@@ -135,6 +135,7 @@ def farthest_points(
     alive = jnp.ones((*batch, n), bool) if valid is None else valid
     first = alive.argmax(-1) if first is None else first
     chosen = jnp.broadcast_to(first.astype(jnp.int32)[..., None], (*batch, k))
+    distance = _own_nearest(distance)
 
     def add(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         chosen, gap = so_far
@@ -153,8 +154,7 @@ def nearest_centre(
     valid: Bool[Array, "*B N"] | None = None,
 ) -> Int[Array, "*B N"]:
     """Which of the valid `centres` is the nearest one; each is its own."""
-    own = jnp.eye(distance.shape[-1])[*(None,) * (distance.ndim - 2)]
-    rows = gather(distance - own, centres, axis=distance.ndim - 2)
+    rows = gather(_own_nearest(distance), centres, axis=distance.ndim - 2)
     if valid is not None:
         rows = jnp.where(gather(valid, centres, axis=valid.ndim - 1)[..., None], rows, jnp.inf)
     return rows.argmin(-2).astype(jnp.int32)
@@ -248,6 +248,11 @@ def _distances(x: Float[Array, "*B N D"]) -> Float[Array, "*B N N"]:
     """Euclidean, exactly 0 to itself."""
     others = 1.0 - jnp.eye(x.shape[-2])
     return jnp.sqrt(squared_distances(x, x)) * others[*(None,) * (x.ndim - 2)]
+
+
+def _own_nearest(distance: Float[Array, "*B N N"]) -> Float[Array, "*B N N"]:
+    """Every token closer to itself than to one just like it."""
+    return distance - jnp.eye(distance.shape[-1])[*(None,) * (distance.ndim - 2)]
 
 
 def _grouped(target: Array, index: Array, prefix: int, valid: Array | None) -> Assign:
