@@ -26,6 +26,7 @@ from tokred.methods.registry import register
 from tokred.nn.locality import adaptive_matrix, pool_regions, reached
 from tokred.plan import Layout, Plan, Reduction, Site
 from tokred.select import beside_prefix, cluster_softly, nearest_of, spread_back
+from tokred.select.cluster import NORMS
 from tokred.tokens import Tokens, move
 
 BACKS = ("neighbours", "label")
@@ -63,13 +64,14 @@ class Expedit(Reduction):
     back: str = "neighbours"
 
     def __post_init__(self) -> None:
-        if self.back not in BACKS:
-            raise ValueError(f"expedit: back={self.back!r} must be one of {BACKS}; change back.")
+        for name, known in (("back", BACKS), ("norm", NORMS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"expedit: {name}={value!r} must be one of {known}; change it.")
         for name in ("iterations", "window", "neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"expedit: {name}={getattr(self, name)} must be at least 1; raise {name}."
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"expedit: {name}={value} must be at least 1; raise it.")
 
     def counts(self, n: int, prefix: int) -> int:
         require_grid("expedit", self.grid, n, prefix)
