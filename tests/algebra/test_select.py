@@ -58,13 +58,20 @@ SELECTIONS = {
     "merge_to_nearest": lambda x, s, valid: select.merge_to_nearest(
         x, 5, prefix=PREFIX, valid=valid
     )[0],
+    "cluster_by_density": lambda x, s, valid: select.cluster_by_density(
+        x, 3, neighbours=2, prefix=PREFIX, valid=valid
+    ),
+    "cluster_medoids": lambda x, s, valid: select.cluster_medoids(
+        x, 3, s, prefix=PREFIX, valid=valid
+    ),
+    "cluster_alike": lambda x, s, valid: select.cluster_medoids(x, 3, prefix=PREFIX, valid=valid),
     "pool_cells": lambda x, s, valid: select.pool_cells(
         (x.shape[1] - PREFIX, 1), ((x.shape[1] - PREFIX) // 4, 1), (B,), prefix=PREFIX, valid=valid
     ),
 }
 MERGES = (
     "match_bipartite", "match_both_ways", "match_kth", "match_random", "merge_to_nearest",
-    "pool_cells",
+    "cluster_by_density", "cluster_medoids", "cluster_alike", "pool_cells",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tests.golden_adapters.boundaries import BOUNDARIES
 from tests.golden_adapters.caching import CACHING
 from tests.golden_adapters.case import Adapter
+from tests.golden_adapters.clusters import CLUSTERS
 from tests.golden_adapters.compressors import COMPRESSORS
 from tests.golden_adapters.connectors import CONNECTORS
 from tests.golden_adapters.core import CORE
@@ -48,5 +49,5 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
     },
     "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
     "kv": {**KV, **KV_STORAGE, **KV_TRACES},
-    "vit": {**VIT, **CACHING, **FUSION, **HALTING},
+    "vit": {**VIT, **CACHING, **CLUSTERS, **FUSION, **HALTING},
 }

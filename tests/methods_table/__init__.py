@@ -9,12 +9,13 @@ and 16 tokens, 'even' with sinks. All have 4 layers. 'cache' is 'decoder', going
 """
 
 from tests.methods_table.caches import CACHES
+from tests.methods_table.clusters import CLUSTERS
 from tests.methods_table.connectors import CONNECTORS
 from tests.methods_table.row import NO_TWIN, Extra, Options, Row
 from tests.methods_table.text import TEXT, phases
 from tests.methods_table.vision import VISION
 
-ROWS = (*VISION, *CONNECTORS, *TEXT, *CACHES)
+ROWS = (*VISION, *CLUSTERS, *CONNECTORS, *TEXT, *CACHES)
 # What needs a text or several images beside its tokens, and where it is tested instead.
 ELSEWHERE = {
     "quecc": "models/test_vlm.py",

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred.maps import Assign, Keep
 from tokred.tokens import Tokens, make_tokens, move
-from tokred.train.distill import match_features, match_logits
+from tokred.train.distill import match_features, match_layers, match_logits
 
 B, S, D = 2, 7, 4
 
@@ -167,3 +167,25 @@ def test_bad_logits_are_named(unchecked):
         match_logits(jnp.zeros((B, 5)), jnp.zeros((B, 1)))
     with pytest.raises(ValueError, match=r"config\.distill\.temperature=0"):
         match_logits(jnp.zeros((B, 5)), jnp.zeros((B, 5)), temperature=0.0)
+
+
+def test_layers():
+    ours, theirs = (
+        [normal(B, S, D, seed=i) for i in (3, 4)],
+        [normal(B, S, D, seed=i) for i in (5, 6)],
+    )
+    want = np.mean([np.mean(np.square(a - b)) for a, b in zip(ours, theirs, strict=True)])
+    half = [layer.astype(jnp.bfloat16) for layer in ours]
+    assert jax.jit(match_layers)(half, theirs).dtype == jnp.float32
+    loss, slopes = jax.value_and_grad(match_layers, (0, 1))(ours, theirs)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert all(slope.any() for slope in slopes[0]) and not any(slope.any() for slope in slopes[1])
+
+
+def test_other_layers_are_refused(unchecked):
+    ours = [normal(B, S, D)]
+    for theirs in ([], ours * 2, [normal(B, S + 1, D)]):
+        with pytest.raises(ValueError, match="match_layers: the teacher's layers"):
+            match_layers(ours, theirs)
+    with pytest.raises(ValueError, match="match_layers"):
+        match_layers([], [])

@@ -24,6 +24,7 @@ from tokred.nn.regions import dividing_windows, region_matrix
 from tokred.nn.resampler import Resampler
 from tokred.nn.resampler_shape import ResamplerShape
 from tokred.plan import Ask, Layout, Plan, Reduction, Site, require_module
+from tokred.select import share_out
 from tokred.tokens import Tokens, move
 
 LEVEL = "level_{}"  # in Tokens.extra: what a layer gave out
@@ -167,18 +168,14 @@ class Resample(Reduction):
         s, p = self.shape, tokens.prefix
         if s.region == "window":
             return window_map(tokens, self.grid, s.window)
-        share = jax.lax.stop_gradient(weights.mean(-3))
+        share = weights.mean(-3)
         if s.region == "matrix":
             side = round(s.count**0.5)
             bins = jnp.asarray(region_matrix(self.grid, (side, side), s.bins), jnp.float32)
             share = jnp.einsum("...kp,kpm->...km", share, bins)
-        share = share / jnp.maximum(share.sum(-2, keepdims=True), 1e-9)
-        share = share if tokens.valid is None else share * tokens.valid[..., None, p:]
-        front = jnp.eye(p, p + share.shape[-1])[*(None,) * (share.ndim - 2)]
-        front = jnp.broadcast_to(front, (*share.shape[:-2], *front.shape[-2:]))
-        behind = jnp.pad(share, (*[(0, 0)] * (share.ndim - 1), (p, 0)))
-        whole = jnp.concatenate([front, behind], axis=-2)
-        return Mix(whole, back=jnp.swapaxes(whole, -1, -2))
+        return share_out(
+            share, prefix=p, valid=None if tokens.valid is None else tokens.valid[..., p:]
+        )
 
 
 def _without_levels(tokens: Tokens) -> dict[str, Any]:

@@ -28,13 +28,15 @@ def activate(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
 
 
 class Mlp(nnx.Module):
-    """Linear, activation, Linear; activation: one of `ACTIVATIONS`."""
+    """Linear, activation (one of `ACTIVATIONS`), Linear to `out` channels, None for as many as came
+    in."""
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
+        out: int | None = None,
         activation: str = "gelu",
         bias: bool = True,
         dtype: Any = None,
@@ -44,9 +46,9 @@ class Mlp(nnx.Module):
         self.activation = activation
         common = {"use_bias": bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.fc1 = nnx.Linear(width, hidden, **common)
-        self.fc2 = nnx.Linear(hidden, width, **common)
+        self.fc2 = nnx.Linear(hidden, width if out is None else out, **common)
 
-    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N D"]:
+    def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N C"]:
         return self.fc2(activate(self.fc1(x), self.activation))
 
 

@@ -4,6 +4,17 @@ All functions protect the first `prefix` tokens, which stay in front in their or
 and stop the gradient: it flows through what a map moves, never through the choice.
 """
 
+from tokred.select.cluster import (
+    cluster_by_density,
+    cluster_medoids,
+    cluster_softly,
+    density_peaks,
+    farthest_points,
+    nearest_centre,
+    nearest_of,
+    spread_back,
+    squared_distances,
+)
 from tokred.select.group import grid_cells, merge_into, pool_cells
 from tokred.select.keep import (
     keep_above,
@@ -24,10 +35,17 @@ from tokred.select.match import (
     nearest_kept,
 )
 from tokred.select.sample import as_shares, keep_quantiles, nearest_quantiles
+from tokred.select.soft import beside_prefix, share_out, soften
 
 __all__ = [
     "alternate",
     "as_shares",
+    "beside_prefix",
+    "cluster_by_density",
+    "cluster_medoids",
+    "cluster_softly",
+    "density_peaks",
+    "farthest_points",
     "grid_cells",
     "keep_above",
     "keep_quantiles",
@@ -41,9 +59,15 @@ __all__ = [
     "match_sets",
     "merge_into",
     "merge_to_nearest",
+    "nearest_centre",
     "nearest_kept",
+    "nearest_of",
     "nearest_quantiles",
     "pool_cells",
     "rank_tokens",
     "rank_within",
+    "share_out",
+    "soften",
+    "spread_back",
+    "squared_distances",
 ]

@@ -1,5 +1,7 @@
 """Knowledge distillation: a student's logits and final tokens against a teacher's."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -57,6 +59,27 @@ def match_features(student: Tokens, teacher: Float[Array, "*B S D"]) -> Float[Ar
     gap = student.x.astype(jnp.float32) - total / jnp.maximum(members, 1)[..., None]
     error = jnp.square(jnp.where(counts[..., None], gap, 0.0)).mean(-1)
     return error.sum() / jnp.maximum(counts.sum(), 1)
+
+
+def match_layers(
+    student: Sequence[Float[Array, "*B N D"]], teacher: Sequence[Float[Array, "*B N D"]]
+) -> Float[Array, ""]:
+    """Mean squared error of the student's tokens to the teacher's, layer by layer, float32: SiT's
+    distillation of what its reversing modules recover. Gradient: to the student only.
+
+    Raises:
+      ValueError: another number of layers, or tokens of another shape.
+    """
+    ours, theirs = ([layer.shape for layer in side] for side in (student, teacher))
+    if ours != theirs or not ours:
+        raise ValueError(
+            f"match_layers: the teacher's layers {theirs} must have the shapes of the student's "
+            f"{ours}; name the same layers of both."
+        )
+    error = lambda a, b: jnp.square(  # noqa: E731
+        a.astype(jnp.float32) - jax.lax.stop_gradient(b).astype(jnp.float32)
+    ).mean()
+    return jnp.stack([error(a, b) for a, b in zip(student, teacher, strict=True)]).mean()
 
 
 def _counts(student: Tokens, members: Float[Array, "*B N"]) -> Array:
