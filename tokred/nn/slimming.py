@@ -55,8 +55,8 @@ class ScorePool(nnx.Module):
     """SiT's TSM and TokenLearner 1.1: a perceptron D -> hidden -> K scores every token for every
     output; the values are the tokens as they are.
 
-    scaled: a learned factor, at first 1. activation: between them. The last layer has no bias, which a softmax
-    over tokens would cancel.
+    scaled: a learned factor, at first 1. activation: between them. The last layer has no bias,
+    which a softmax over tokens would cancel.
     Source: Zong et al. 2022, Sense-X/SiT `TokenSlimmingModule`; Ryoo et al. 2021,
     google-research/scenic `TokenLearnerModuleV11`.
     """
