@@ -1,5 +1,6 @@
 """Adapters of clustering and of soft assignment."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,17 +58,17 @@ def expedit_cr(case: Case) -> dict[str, Any]:
         grid, cells, s["iters"], s["window"], s["temperature"], s["topk"],
         norm="l2" if s.get("normalize", True) else "sum",
     )  # fmt: skip
-    clusters, map_, _, _ = step(tokens, {})
+    clusters, _, _, aux = step(tokens, {})
     label = nearest_of(tokens.x, clusters.x)
     return {
         "clusters": clusters.x.reshape(x.shape[0], *cells, -1),
         "hard_labels": label,
-        "reconstructed": map_.restore(refined),
-        "naive_unpool": Assign(label, map_.k).restore(refined),
+        "reconstructed": aux["combine"].restore.restore(refined),
+        "naive_unpool": Assign(label, clusters.n).restore(refined),
     }
 
 
-def pooled(reduction: Any, case: Case, params: dict[str, Any]) -> tuple[Any, Any]:
+def pooled(reduction: Any, case: Case, params: Mapping[str, Any]) -> tuple[Any, Any]:
     """(tokens, weights) of a soft assignment."""
     x = case.inputs["x"]
     module = fill(lambda: reduction.build(x.shape[-1], 1, nnx.Rngs(0)), params)

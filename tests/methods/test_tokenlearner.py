@@ -123,12 +123,13 @@ def test_the_way_back():
 def test_a_model_with_fusers_starts_as_one_whose_patches_skip():
     """Officially the fuser's mix starts at 0, and so does what it adds."""
     plan = make_plan("tokenlearner", CONFIG.layout, tokens=3, layer=2, fuse=True)
-    assert [site for site, _ in plan.steps] == [Site("around", 2), Site("around", 3)]
+    learner = TokenLearner(3)
+    both = LearnAndFuse(learner)
+    assert plan.steps == ((Site("around", 2), both), (Site("around", 3), both))
     model = nnx.jit(lambda: ViT(CONFIG, plan=plan, rngs=nnx.Rngs(0)))()
     tokens, report = jax.jit(lambda m, x: m.encode(m.tokens(x), plan=plan))(model, IMAGES)
     before = model.encode(model.tokens(IMAGES), layers=2)[0]
     close(tokens.x[:, 1:], model.norm(before.x)[:, 1:])
-    learner = plan.steps[0][1].learner
     entered = learner(before, {}, module=model.reductions["around_2"].learner)[0]
     here = Here(dict(enumerate(model.blocks)), 2, Plan(), Call())
     first = run_block(here, entered).tokens.x[:, :1]
