@@ -17,8 +17,8 @@ from tokred.tokens import Tokens, move
 
 @dataclass(frozen=True)
 class SoftPool(Reduction):
-    """Base: `k` sums, weighed by `select.soften` of a module's logits, which the way in
-    `nn.slimming` is (values, logits) of (tokens, valid).
+    """Base: `k` sums of a module's values, weighed by `select.soften` of its logits; see
+    `nn.slimming`.
 
     The map shares every token out among the sums by what they take of it, and restores by the same
     shares. With as many sums as tokens nothing happens. Gradient: to the tokens and the module.
@@ -81,6 +81,8 @@ def staged(
     layers: Sequence[int] | None,
     make: Callable[[int], Reduction],
 ) -> Plan:
-    """`make(k)` before each of the `layers`, k = int(keep^(i+1) patches) at the i-th."""
-    stages = stage_counts(layout, keep, layers)
+    """`make(k)` before each of the `layers`, k = int(keep^(i+1) patches) at the i-th; before none
+    that all tokens reach: they need no evidence there."""
+    every = layout.tokens - layout.prefix
+    stages = ((i, k) for i, k in stage_counts(layout, keep, layers) if k < every)
     return Plan(tuple((Site("before", i), make(k)) for i, k in stages), name=name)
