@@ -6,6 +6,7 @@ python tests/interop/freeze.py DIR [FAMILY ...]
 Writes DIR/FAMILY/{model.safetensors, config.json, answers.npz}, arrays in_* and out_* in float32.
 """
 
+# pyright: reportMissingImports=false
 import inspect
 import sys
 from collections.abc import Callable

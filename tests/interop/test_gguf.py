@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 import tokred
 from tests.interop.test_parity import FROZEN, answers_of
-from tokred.interop.gguf import NAMES, SETTINGS, open_source
+from tokred.interop.families import Source
+from tokred.interop.gguf import GGUF, NAMES, SETTINGS
 
 gguf = pytest.importorskip("gguf", reason="needs the library gguf")
 LLAMA = FROZEN / "llama"
@@ -22,7 +23,7 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def written(path: Path, kind: str = "llama") -> Path:
-    settings = tokred.load(LLAMA).origin.settings
+    settings = Source(LLAMA).settings
     writer = gguf.GGUFWriter(path, kind)
     theirs = {**SETTINGS, "rope_theta": "rope.freq_base"}
     values = {**settings, "rope_theta": settings["rope_parameters"]["rope_theta"]}
@@ -69,4 +70,4 @@ def test_other_architectures_and_files(tmp_path: Path):
     with pytest.raises(ValueError, match="is no GGUF file"):
         tokred.load(tmp_path / "text.gguf")
     with pytest.raises(ValueError, match="a tokenizer of kind"):
-        open_source(written(tmp_path / "tiny.gguf")).tokenizer()
+        GGUF(written(tmp_path / "tiny.gguf")).tokenizer()
