@@ -52,8 +52,8 @@ SALIENCY = Family("dinov2_saliency", ("dinov2_saliency",), DenseViT, _config, _r
 def convert_saliency(graph: Path, directory: Path) -> Path:
     """The arrays of the ONNX graph as safetensors and config.json, its batch norms folded into the
     convolutions. Raises ImportError without onnx."""
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
     from safetensors.numpy import save_file
 
     model = onnx.load(str(graph)).graph
