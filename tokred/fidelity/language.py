@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from tokred.cache import KVCache
 from tokred.fidelity.choose import DENSE, Candidate, at_share, candidates, choose_methods
+from tokred.fidelity.prompts import Prompts, keep, kept_bytes, read_prompts
 from tokred.fidelity.times import timed
 from tokred.models import Decoder
 from tokred.nn.skeleton import split_model
@@ -27,6 +28,9 @@ FIELDS = (
 GREEDY = -1  # in place of an id: whatever is likeliest
 
 
+State = tuple[Array, KVCache]
+
+
 class Followed(NamedTuple):
     """nats: Float[B S], surprise at every token · top: Int[B S], the likeliest in its place."""
 
@@ -35,22 +39,12 @@ class Followed(NamedTuple):
 
 
 class Reader:
-    """A model under a plan, compiled for `rows` prompts of `prompt` tokens and `steps` more, which
-    come one by one."""
+    """What a model under a plan says behind prompts, `steps` tokens one by one; compiled."""
 
-    def __init__(self, model: Decoder, plan: Plan, rows: int, prompt: int, steps: int):
-        self.model, self.plan = model, plan
-        self.rows, self.prompt, self.steps = rows, prompt, steps
+    def __init__(self, model: Decoder, plan: Plan, steps: int):
+        self.model, self.plan, self.steps = model, plan, steps
         skeleton, self._weights = split_model(model)
-        shown = lambda f: jax.jit(lambda p, r, *a: f(skeleton.merge(p, r), *a))  # noqa: E731
-        self._prefill, self._follow = shown(self._read_prompt), shown(self._read_on)
-
-    def _read_prompt(self, model: Decoder, ids: Array) -> tuple[Array, KVCache]:
-        cache = model.make_cache(
-            len(ids), self.prompt + self.steps, plan=self.plan, prompt=self.prompt
-        )
-        logits, cache, _ = model.extend(ids, cache, plan=self.plan, fresh=True)
-        return logits[:, -1], cache
+        self._follow = jax.jit(lambda p, r, *a: self._read_on(skeleton.merge(p, r), *a))
 
     def _read_on(self, model: Decoder, logits: Array, cache: KVCache, ids: Array) -> Any:
         def step(carry: Any, given: Array) -> Any:
@@ -64,20 +58,14 @@ class Reader:
         _, (nats, top) = jax.lax.scan(step, (logits, cache), ids.T)
         return nats.T, top.T
 
-    def prefill(self, ids: Int[np.ndarray, "B N"]) -> tuple[Array, KVCache]:
-        """The logits behind each prompt, and the cache that is kept of it."""
-        return self._prefill(*self._weights, jnp.asarray(ids))
+    def keep(self, prompts: Prompts) -> State:
+        """What is left of prompts. Raises what `prompts.keep` raises."""
+        return prompts.logits, keep(self.model, prompts, self.plan, self.steps)
 
-    def follow(self, state: tuple[Array, KVCache], ids: Int[np.ndarray, "B S"]) -> Followed:
-        """What follows the prompts, token by token; `GREEDY` for the likeliest one."""
+    def follow(self, state: State, ids: Int[np.ndarray, "B S"]) -> Followed:
+        """These tokens behind the prompts; `GREEDY` for the likeliest one."""
         nats, top = self._follow(*self._weights, *state, jnp.asarray(ids, jnp.int32))
         return Followed(np.asarray(nats), np.asarray(top))
-
-    def cache_bytes(self) -> int:
-        """Of what is kept of one prompt, with room for one token more; not computed."""
-        short = Reader(self.model, self.plan, 1, self.prompt, 1)
-        ids = jax.ShapeDtypeStruct((1, self.prompt), jnp.int32)
-        return jax.eval_shape(short._prefill, *self._weights, ids)[1].nbytes()
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ def recall(top: Int[np.ndarray, "D S"], answers: Int[np.ndarray, "D A"]) -> np.n
 
 def compare_caches(
     model: Decoder,
-    texts: Int[np.ndarray, "B N+S"],
+    texts: Int[np.ndarray, "B T"],
     needles: Sequence[Needles],
     methods: Sequence[str],
     budgets: Sequence[float],
@@ -146,73 +134,51 @@ def compare_caches(
       ValueError: methods or budgets that do not fit.
     """
     names = choose_methods(model, methods, BASELINES, cache=True)
-    prompt = texts.shape[1] - steps
-    layout = model.config.layout_of(prompt)
+    split = texts.shape[1] - steps
+    layout = model.config.layout_of(split)
     found = candidates(lambda name, b: at_share(layout, name, b), names, budgets)
+    prompts, more = read_prompts(model, texts[:, :split]), texts[:, split:]
+    asked = [(read_prompts(model, some.prompts), some) for some in needles]
     seen: dict[Candidate, Row] = {}
-    programs, greedy = {}, None
+    programs, greedy = {}, np.full(more.shape, GREEDY)
     for candidate in found:
+        reader = Reader(model, candidate.plan or DENSE, steps)
         try:
-            row, state, reader = _read(model, candidate, texts, needles, steps, greedy)
-        except ValueError as error:
-            if greedy is None:
-                raise
-            seen[candidate] = {"why": str(error)}  # fewer entries than the method always keeps
+            state = reader.keep(prompts)
+        except ValueError as error:  # fewer entries than the method always keeps
+            seen[candidate] = {"why": str(error)}
             continue
-        greedy = row.pop("greedy") if greedy is None else greedy
-        seen[candidate] = row
-        ids = texts[:, prompt:]
-        programs[candidate] = lambda r=reader, s=state, i=ids: r.follow(s, i)
+        said = reader.follow(state, greedy)
+        greedy = said.top if candidate is found[0] else greedy
+        nats = reader.follow(state, more).nats
+        seen[candidate] = {
+            "perplexity": float(np.exp(nats.mean(dtype=np.float64))),
+            "agrees": float((said.top == greedy).mean()),
+            "needles": find_needles(reader, asked),
+            "cache_bytes": kept_bytes(model, prompts, reader.plan),
+        }
+        programs[candidate] = lambda r=reader, s=state: r.follow(s, more)
     times = timed(programs, rounds, per=steps, warmup=0)
     return [_row(c, seen[c] | times.get(c, {}), seen[found[0]]) for c in found]
 
 
-def _read(
-    model: Decoder,
-    found: Candidate,
-    texts: np.ndarray,
-    needles: Sequence[Needles],
-    steps: int,
-    greedy: np.ndarray | None,
-) -> tuple[Row, tuple[Array, KVCache], Reader]:
-    """All but times; greedy: the dense continuation, None where this is to make it."""
-    prompt = texts.shape[1] - steps
-    reader = Reader(model, found.plan or DENSE, len(texts), prompt, steps)
-    size = reader.cache_bytes()
-    state = reader.prefill(texts[:, :prompt])
-    nats = reader.follow(state, texts[:, prompt:]).nats
-    more = np.full((len(texts), steps), GREEDY) if greedy is None else greedy
-    top = reader.follow(state, more).top
-    agrees = 1.0 if greedy is None else float((top == greedy).mean())
-    row = {
-        "perplexity": float(np.exp(nats.mean(dtype=np.float64))),
-        "agrees": agrees,
-        "needles": _needles(reader, needles),
-        "cache_bytes": size,
-    }
-    return row | ({"greedy": top} if greedy is None else {}), state, reader
-
-
-def _needles(reader: Reader, needles: Sequence[Needles]) -> dict[str, float]:
+def find_needles(reader: Reader, asked: Sequence[tuple[Prompts, Needles]]) -> dict[str, float]:
+    """`recall` of each needle, by 'length@depth'."""
     found: dict[str, float] = {}
-    for some in needles:
-        own = Reader(reader.model, reader.plan, len(some.prompts), some.length, reader.steps)
-        own = reader if (own.rows, own.prompt) == (reader.rows, reader.prompt) else own
-        ids = np.zeros((own.rows, own.steps), np.int32)
-        ids[:, : some.answers.shape[1]] = some.answers
-        top = own.follow(own.prefill(some.prompts), ids).top
-        each = recall(top, some.answers)
-        found |= {f"{some.length}@{d:g}": float(r) for d, r in zip(some.depths, each, strict=True)}
+    for prompts, needles in asked:
+        ids = np.zeros((len(needles.answers), reader.steps), np.int32)
+        ids[:, : needles.answers.shape[1]] = needles.answers
+        try:
+            top = reader.follow(reader.keep(prompts), ids).top
+        except ValueError:  # out of reach for a prompt of this length
+            continue
+        each = zip(needles.depths, recall(top, needles.answers), strict=True)
+        found |= {f"{needles.length}@{depth:g}": float(share) for depth, share in each}
     return found
 
 
 def _row(found: Candidate, seen: Row, dense: Row) -> Row:
-    row = {
-        "method": found.method,
-        "budget": found.budget,
-        "why": found.why,
-        **dict.fromkeys(FIELDS),
-    }
+    row = {**found.about, **dict.fromkeys(FIELDS)}
     if "perplexity" not in seen:
         return row | {"needles": {}} | seen
     needles = list(seen["needles"].values())

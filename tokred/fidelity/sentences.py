@@ -66,12 +66,7 @@ def _agree(seen: np.ndarray, dense: np.ndarray) -> Row:
 
 
 def _row(config: TextEncoderConfig, found: Candidate) -> Row:
-    row = {
-        "method": found.method,
-        "budget": found.budget,
-        "why": found.why,
-        **dict.fromkeys(FIELDS),
-    }
+    row = {**found.about, **dict.fromkeys(FIELDS)}
     if found.plan is None:
         return row
     return row | {"macs_ratio": macs(config, found.plan) / macs(config)}

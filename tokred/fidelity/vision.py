@@ -72,12 +72,7 @@ def _agree(seen: tuple[np.ndarray, ...], dense: tuple[np.ndarray, ...]) -> Row:
 
 
 def _row(config: Any, found: Candidate) -> Row:
-    row = {
-        "method": found.method,
-        "budget": found.budget,
-        "why": found.why,
-        **dict.fromkeys(FIELDS),
-    }
+    row = {**found.about, **dict.fromkeys(FIELDS)}
     if found.plan is None:
         return row
     share = lambda part: macs(part, found.plan) / macs(part)  # noqa: E731
