@@ -107,16 +107,18 @@ class Copyist(Reader):
 
 def test_who_copies_finds_every_needle():
     needles = plant(encode, encode("filler. " * 100), 300)
-    assert needles.prompts.shape == (3, 300)
+    assert needles.prompts.shape == (10, 300)
     asked: Any = [(Prompts(needles.prompts, None), needles)]  # pyright: ignore[reportArgumentType]
-    found = find_needles(Copyist(300), asked)
-    assert found == {"300@0.1": 1, "300@0.5": 1, "300@0.9": 1}
-    assert find_needles(Copyist(120), asked) == {"300@0.1": 0, "300@0.5": 0, "300@0.9": 1}
+    assert find_needles(Copyist(300), asked) == {f"300@{d}": 1 for d in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    near = {"300@0.1": 0, "300@0.3": 0, "300@0.5": 0, "300@0.7": 0, "300@0.9": 1}
+    assert find_needles(Copyist(120), asked) == near
 
 
-def test_recall_is_of_digits():
-    answers = np.asarray([[1, 2], [3, 4]])
-    np.testing.assert_array_equal(recall(np.asarray([[1, 2, 9], [3, 5, 9]]), answers), [1, 0.5])
+def test_recall_is_of_whole_numbers():
+    answers = np.asarray([[1, 2], [3, 4], [5, 6], [7, 8]])
+    needles = Needles(np.zeros((4, 9), int), answers, (0.1, 0.9))
+    top = np.asarray([[1, 2, 9], [3, 5, 9], [5, 6, 9], [7, 8, 9]])
+    assert recall(top, needles) == {0.1: 1.0, 0.9: 0.5}
 
 
 def test_no_room_for_a_needle():

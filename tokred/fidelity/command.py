@@ -97,7 +97,7 @@ def read_docstrings(
     *,
     lengths: Sequence[int],
     rounds: int,
-    steps: int = 32,
+    steps: int = 64,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Of the language model."""
     prompt = max(lengths)

@@ -20,7 +20,7 @@ from tokred.plan import Plan
 Row = dict[str, Any]
 Encode = Callable[[str], Sequence[int]]
 BASELINES = ("streaming_llm",)  # with its four sinks a window of the latest entries
-DEPTHS = (0.1, 0.5, 0.9)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIELDS = (
     "perplexity", "perplexity_ratio", "agrees", "needle", "cache_bytes", "cache_ratio", "ms",
     "ms_low", "ms_high", "ms_ratio",
@@ -70,8 +70,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Needles:
-    """prompts [D N], each with a sentence that holds a number, at the depth [D] (0: the start), and
-    a question at its end; answers [D A], of one token each digit."""
+    """prompts [M N], each with a sentence that holds a number, at one of the depths (0: the start),
+    and a question at its end; answers [M A], of one token each digit. M is a multiple of the number
+    of depths, which take turns."""
 
     prompts: np.ndarray
     answers: np.ndarray
@@ -83,14 +84,14 @@ class Needles:
 
 
 def plant(
-    encode: Encode, filler: Sequence[int], length: int, seed: int = 0, digits: int = 5
+    encode: Encode, filler: Sequence[int], length: int, *, each: int = 2, seed: int = 0
 ) -> Needles:
-    """Needles in the first tokens of a text; numbers are drawn. Raises ValueError for a text that
-    is too short."""
+    """Needles in the first tokens of a text, `each` at every depth of `DEPTHS`; numbers of five
+    digits are drawn. Raises ValueError for a text that is too short."""
     rng, prompts, answers = np.random.default_rng(seed), [], []
     question = list(encode("\n\nThe secret number of the green harbour is "))
-    for depth in DEPTHS:
-        number = list(encode("".join(str(d) for d in rng.integers(0, 10, digits))))
+    for depth in DEPTHS * each:
+        number = list(encode("".join(str(d) for d in rng.integers(0, 10, 5))))
         needle = [*question, *number, *encode(".\n\n")]
         room = length - len(needle) - len(question)
         if not 0 < room <= len(filler):
@@ -104,9 +105,13 @@ def plant(
     return Needles(np.asarray(prompts), np.asarray(answers))
 
 
-def recall(top: Int[np.ndarray, "D S"], answers: Int[np.ndarray, "D A"]) -> np.ndarray:
-    """Of each needle the share of digits that are likeliest in their places [D]."""
-    return (top[:, : answers.shape[1]] == answers).mean(1)
+def recall(top: Int[np.ndarray, "M S"], needles: Needles) -> dict[float, float]:
+    """By depth the share of numbers all of whose digits are likeliest, each behind the right ones:
+    those that greedy decoding gives."""
+    answers = needles.answers
+    right = (top[:, : answers.shape[1]] == answers).all(1)
+    by_depth = right.reshape(-1, len(needles.depths)).mean(0)
+    return {depth: float(share) for depth, share in zip(needles.depths, by_depth, strict=True)}
 
 
 def compare_caches(
@@ -166,14 +171,12 @@ def find_needles(reader: Reader, asked: Sequence[tuple[Prompts, Needles]]) -> di
     """`recall` of each needle, by 'length@depth'."""
     found: dict[str, float] = {}
     for prompts, needles in asked:
-        ids = np.zeros((len(needles.answers), reader.steps), np.int32)
-        ids[:, : needles.answers.shape[1]] = needles.answers
         try:
-            top = reader.follow(reader.keep(prompts), ids).top
+            top = reader.follow(reader.keep(prompts), needles.answers).top
         except ValueError:  # out of reach for a prompt of this length
             continue
-        each = zip(needles.depths, recall(top, needles.answers), strict=True)
-        found |= {f"{needles.length}@{depth:g}": float(share) for depth, share in each}
+        shares = recall(top, needles)
+        found |= {f"{needles.length}@{depth:g}": share for depth, share in shares.items()}
     return found
 
 
