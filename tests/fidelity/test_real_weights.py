@@ -15,11 +15,14 @@ from tokred.fidelity.data import normalised, photographs
 from tokred.interop import PACKAGES
 
 pytestmark = pytest.mark.pretrained
+TOKENS, PERPLEXITY = 0, 0.0
+# Of TEXT, with these four-bit weights.
+TOKENS, PERPLEXITY = 66, 6.425
 TEXT = (
-    "The old lighthouse stood at the end of the pier, where the river meets the sea. Every evening "
-    "the keeper climbed the stairs, lit the lamp, and watched the ships come home. One winter a "
-    "storm broke the glass, and for three nights the harbour was dark until the whole village came "
-    "to help him repair it."
+    "The water cycle describes how water moves on, above and below the surface of the Earth. Water "
+    "evaporates from oceans, lakes and rivers, rises into the atmosphere as vapor, and cools and "
+    "condenses into clouds. It then falls back to the ground as rain or snow, flows into streams "
+    "and rivers, and returns to the ocean."
 )
 
 

@@ -116,7 +116,7 @@ def example(model: Any, batch: int = 1) -> tuple[Any, ...]:
         ids = jnp.full((batch, config.images + 1), config.image_id, jnp.int32).at[:, -1].set(0)
         images = _images(config.vision, batch)[0][:, None]
         return ids, jnp.repeat(images, config.images, axis=1)
-    ids = jnp.zeros((batch, min(config.context, 64)), jnp.int32)
+    ids = jnp.zeros((batch, config.context), jnp.int32)
     return (ids, ids) if isinstance(model, EncoderDecoder) else (ids,)
 
 
