@@ -102,7 +102,8 @@ def read_docstrings(
     """Of the language model."""
     prompt = max(lengths)
     loaded = load(path, context=prompt + steps)
-    tokenizer = loaded.origin.tokenizer()  # pyright: ignore[reportOptionalMemberAccess]
+    source: Any = loaded.origin  # a GGUF file, which has its tokenizer inside
+    tokenizer = source.tokenizer()
     encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
     filler, *modules = data.MODULES
     texts, used = cut(encode, modules, count, prompt + steps)

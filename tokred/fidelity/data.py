@@ -36,7 +36,7 @@ def photographs(size: int, count: int = 6) -> dict[str, np.ndarray]:
         raise ImportError(_missing("scikit-image")) from error
     squares = {name: _square(_photograph(name)) for name in PHOTOGRAPHS[:count]}
     return {
-        name: resize(image, (size, size), anti_aliasing=True).astype(np.float32)
+        name: np.asarray(resize(image, (size, size), anti_aliasing=True), np.float32)
         for name, image in squares.items()
     }
 

@@ -12,7 +12,7 @@ LINES = ("-", "--", "-.", ":")
 NAMES = {
     "correlation": "correlation of heatmaps", "iou": "IoU of heatmaps", "cosine": "cosine",
     "spearman": "rank correlation of cosines", "perplexity_ratio": "perplexity / that of dense",
-    "agrees": "agrees with the dense model's words", "needle": "digits found",
+    "agrees": "agrees with the dense model's words", "needle": "planted numbers found",
     "macs_ratio": "MACs / MACs of dense", "cache_ratio": "cache bytes / those of dense",
 }  # fmt: skip
 
@@ -42,7 +42,8 @@ def _draw(panel: Any, groups: Any, field: str, cost: str) -> None:
     panel.tick_params(labelsize=SMALL)
     panel.spines[["top", "right"]].set_visible(False)
     if field == "perplexity_ratio":
-        panel.set_yscale("log")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
     for number, (method, group) in enumerate(groups.items()):
         points = sorted((r[cost], r[field]) for r in group if r[field] is not None)
         if method == "dense" and points:
@@ -52,4 +53,5 @@ def _draw(panel: Any, groups: Any, field: str, cost: str) -> None:
             panel.plot(
                 x, y, color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)],
                 linestyle=LINES[number % len(LINES)], markeredgecolor=INK, label=method,
+                fillstyle="left" if number >= len(MARKERS) else "full",
             )  # fmt: skip

@@ -73,7 +73,8 @@ def _agree(seen: tuple[np.ndarray, ...], dense: tuple[np.ndarray, ...]) -> Row:
 
 def _row(config: Any, found: Candidate) -> Row:
     row = {**found.about, **dict.fromkeys(FIELDS)}
-    if found.plan is None:
+    plan = found.plan
+    if plan is None:
         return row
-    share = lambda part: macs(part, found.plan) / macs(part)  # noqa: E731
+    share = lambda part: macs(part, plan) / macs(part)  # noqa: E731
     return row | {"encoder_ratio": share(config.vision), "macs_ratio": share(config)}
