@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokred.methods import get_method, list_methods, make_plan
-from tokred.models import VLM, Decoder, DualEncoder, EncoderDecoder, ViT
+from tokred.models import VLM, Decoder, DenseViT, DualEncoder, EncoderDecoder, ViT
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call
@@ -107,8 +107,8 @@ def _fit(model: Any, name: str) -> dict[str, Any]:
 def example(model: Any, batch: int = 1) -> tuple[Any, ...]:
     """Inputs of the right shapes: zeros."""
     config = model.config
-    if isinstance(model, ViT):
-        return (jnp.zeros((batch, *config.image_size, config.channels)),)
+    if isinstance(model, (ViT, DenseViT)):
+        return _images(getattr(config, "vision", config), batch)
     if isinstance(model, DualEncoder):
         text = jnp.zeros((batch, config.text.context), jnp.int32)
         return (*_images(config.vision, batch), text)
@@ -116,7 +116,7 @@ def example(model: Any, batch: int = 1) -> tuple[Any, ...]:
         ids = jnp.full((batch, config.images + 1), config.image_id, jnp.int32).at[:, -1].set(0)
         images = _images(config.vision, batch)[0][:, None]
         return ids, jnp.repeat(images, config.images, axis=1)
-    ids = jnp.zeros((batch, min(config.context, 64)), jnp.int32)
+    ids = jnp.zeros((batch, config.context), jnp.int32)
     return (ids, ids) if isinstance(model, EncoderDecoder) else (ids,)
 
 

@@ -93,9 +93,13 @@ class DenseViT(nnx.Module):
     ) -> tuple[Float[Array, "B Y X out"], Report]:
         """Logits in float32; errors as `ViT` has them. Static: plan."""
         grid, report = self.features(images, plan=plan, call=call)
+        return self.logits(grid), report
+
+    def logits(self, grid: Float[Array, "B H W D"]) -> Float[Array, "B Y X out"]:
+        """The map of the features of every patch, in float32."""
         for layer in self.up:
             grid = jax.nn.relu(layer(grid))
-        return self._resize(self.last(grid).astype(jnp.float32)), report
+        return self._resize(self.last(grid).astype(jnp.float32))
 
     def features(
         self, images: Float[Array, "B Y X C"], *, plan: Plan = DENSE, call: Call | None = None
