@@ -80,7 +80,7 @@ def _kept(
     block, how = model.blocks[layer], cache_reduction(plan)
     place = whole.position[:, 0]
     look = Look(whole.extra, place, block.weigh, block.rates, layer, len(model.blocks))
-    whole = replace(whole, extra=None)
+    whole = replace(whole, extra=None, extent=slots.extent)
     if slots.raw:
         swap = lambda k: jnp.swapaxes(k, 1, 2)  # noqa: E731
         whole = replace(whole, k=swap(block.unplace(swap(whole.k), place)), raw=True)
