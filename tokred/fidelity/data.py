@@ -31,7 +31,7 @@ def photographs(size: int, count: int = 6) -> dict[str, np.ndarray]:
             f"photographs: count={count} must lie in [1, {len(PHOTOGRAPHS)}]; change it."
         )
     try:
-        from skimage.transform import resize
+        from skimage.transform import resize  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(_missing("scikit-image")) from error
     squares = {name: _square(_photograph(name)) for name in PHOTOGRAPHS[:count]}
@@ -44,7 +44,7 @@ def photographs(size: int, count: int = 6) -> dict[str, np.ndarray]:
 def _photograph(name: str) -> np.ndarray:
     """Bytes [Y X 3]."""
     if name not in SKLEARN:
-        from skimage import data
+        from skimage import data  # pyright: ignore[reportMissingImports]
 
         return getattr(data, name)()
     try:
