@@ -74,8 +74,7 @@ class Tokens:
         """Where the last valid token is, 0 without any."""
         if self.valid is None:
             return jnp.full((*self.batch, 1), self.n - 1)
-        slots = jnp.arange(self.n).reshape((1,) * (self.valid.ndim - 1) + (-1,))
-        return jnp.where(self.valid, slots, 0).max(-1, keepdims=True)
+        return last_of(self.valid)
 
     def key_bias(self) -> Float[Array, "*B N"] | None:
         """What attention adds per key: `bias`, and log(size) where attention is proportional."""
@@ -90,6 +89,12 @@ class Tokens:
             return self.source
         slots = jnp.broadcast_to(jnp.arange(self.n, dtype=jnp.int32), (*self.batch, self.n))
         return slots if self.valid is None else jnp.where(self.valid, slots, -1)
+
+
+def last_of(valid: Bool[Array, "*B N"]) -> Int[Array, "*B 1"]:
+    """The slot of the last valid token, 0 without any."""
+    slots = jnp.arange(valid.shape[-1]).reshape((1,) * (valid.ndim - 1) + (-1,))
+    return jnp.where(valid, slots, 0).max(-1, keepdims=True)
 
 
 def make_tokens(

@@ -95,6 +95,10 @@ class CacheReduction(Reduction):
         """A cache of the right size with all that this method stores beside its slots."""
         return cache
 
+    def rest(self, whole: LayerCache, look: Look, slots: int) -> LayerCache:
+        """What is kept of a prompt, given the cache of all of it, in so many slots."""
+        return self.settle(self.begin(whole, look).resize(slots))
+
     def write(self, cache: LayerCache, k: Array, v: Array, position: Array, valid: Any) -> Any:
         """The cache with more tokens, see `LayerCache.append`."""
         return cache.append(k, v, position, valid)

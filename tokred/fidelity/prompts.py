@@ -84,7 +84,7 @@ def _kept(
     if slots.raw:
         swap = lambda k: jnp.swapaxes(k, 1, 2)  # noqa: E731
         whole = replace(whole, k=swap(block.unplace(swap(whole.k), place)), raw=True)
-    return how.settle(how.begin(whole, look).resize(slots.capacity))
+    return how.rest(whole, look, slots.capacity)
 
 
 def kept_bytes(model: Decoder, prompts: Prompts, plan: Plan) -> int:

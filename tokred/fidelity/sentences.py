@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from tokred.cost import macs
 from tokred.fidelity.agreement import cosine, pair_cosines, rank_correlation
 from tokred.fidelity.choose import Candidate, at_macs, candidates, choose_methods
-from tokred.fidelity.times import program, timed
+from tokred.fidelity.times import side_by_side
 from tokred.models import TextEncoder, TextEncoderConfig
 from tokred.plan import Plan
 from tokred.report import Call
@@ -41,12 +41,8 @@ def compare_sentences(
     config = of_length(model.config, ids.shape[1])
     names = choose_methods(model, methods, BASELINES)
     found = candidates(lambda name, b: at_macs(config, name, b), names, budgets)
-    programs = {c: program(model, c.plan, read, ids) for c in found if c.plan is not None}
-    seen = {c: np.asarray(run()) for c, run in programs.items()}
-    times = timed(programs, rounds, per=len(ids))
-    dense = seen[found[0]]
-    return [_row(config, c) | (_agree(seen[c], dense) | times[c] if c in seen else {})
-            for c in found]  # fmt: skip
+    measured = side_by_side(model, found, read, ids, _agree, rounds)
+    return [_row(config, c) | measured.get(c, {}) for c in found]
 
 
 def of_length(config: TextEncoderConfig, tokens: int) -> TextEncoderConfig:

@@ -1,11 +1,13 @@
 """Programs of reduced models side by side: what they give, and how long they take."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from tokred.cost import Timing, time_rounds
+from tokred.fidelity.choose import Candidate
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan
 from tokred.report import Call
@@ -25,6 +27,22 @@ def program(
     compiled = jax.jit(run)
     key = jax.random.key(seed)
     return lambda: compiled(weights.params, weights.rest, key, *inputs)
+
+
+def side_by_side(
+    model: Any,
+    found: Sequence[Candidate],
+    see: Callable[..., Any],
+    inputs: Any,
+    agree: Callable[[Any, Any], dict[str, Any]],
+    rounds: int,
+) -> dict[Candidate, dict[str, Any]]:
+    """For every plan that is within reach, how what `program` gives agrees with what the first
+    gives, agree(given, first), and how long it takes for one of the inputs."""
+    programs = {c: program(model, c.plan, see, inputs) for c in found if c.plan is not None}
+    seen = {c: jax.tree.map(np.asarray, run()) for c, run in programs.items()}
+    times = timed(programs, rounds, per=len(inputs))
+    return {c: agree(seen[c], seen[found[0]]) | times[c] for c in programs}
 
 
 def timed(

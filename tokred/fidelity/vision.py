@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from tokred.cost import macs
 from tokred.fidelity.agreement import correlation, cosine, overlap
 from tokred.fidelity.choose import Candidate, at_macs, candidates, choose_methods
-from tokred.fidelity.times import program, timed
+from tokred.fidelity.times import side_by_side
 from tokred.models import DenseViT
 from tokred.plan import Plan
 from tokred.report import Call
@@ -46,13 +46,8 @@ def compare_heatmaps(
     config = model.config
     names = choose_methods(model, methods, BASELINES)
     found = candidates(lambda name, b: at_macs(config.vision, name, b), names, budgets)
-    programs = {c: program(model, c.plan, see, images) for c in found if c.plan is not None}
-    seen = {c: tuple(np.asarray(a) for a in run()) for c, run in programs.items()}
-    times = timed(programs, rounds, per=len(images))
-    dense = seen[found[0]]
-    return [
-        _row(config, c) | (_agree(seen[c], dense) | times[c] if c in seen else {}) for c in found
-    ]
+    measured = side_by_side(model, found, see, images, _agree, rounds)
+    return [_row(config, c) | measured.get(c, {}) for c in found]
 
 
 def see(

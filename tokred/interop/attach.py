@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from tokred.methods import get_method, list_methods, make_plan
 from tokred.models import VLM, Decoder, DenseViT, DualEncoder, EncoderDecoder, ViT
-from tokred.nn.skeleton import split_model
-from tokred.plan import Plan, Reduction, Site
+from tokred.nn.skeleton import Skeleton, Weights, split_model
+from tokred.plan import Layout, Plan, Reduction, Site
 from tokred.report import Call
 
 
@@ -27,8 +28,19 @@ def find_plan(
         where = {} if layers is None else {"layers": tuple(layers)}
         given = {**options, **where}
         plan = make_plan(reduction, layout, **given)
-        _require_cache(model, plan)
-        return plan, given
+    else:
+        given, plan = {}, _made_by_hand(reduction, layers, site, layout, options)
+    _require_cache(model, plan)
+    return plan, given
+
+
+def _made_by_hand(
+    reduction: Plan | Reduction,
+    layers: Sequence[int] | None,
+    site: str,
+    layout: Layout,
+    options: Mapping[str, Any],
+) -> Plan:
     if options:
         raise ValueError(
             f"attach: options {sorted(options)} belong to a method's name, got a "
@@ -42,8 +54,7 @@ def find_plan(
         steps = tuple((Site(site, layer), reduction) for layer in layers)
         plan = Plan(steps, name=type(reduction).__name__).within(layout.part)
     plan.counts(layout)
-    _require_cache(model, plan)
-    return plan, {}
+    return plan
 
 
 def _require_cache(model: Any, plan: Plan) -> None:
@@ -57,24 +68,37 @@ def _require_cache(model: Any, plan: Plan) -> None:
 
 def attached(model: Any, plan: Plan, seed: int) -> Any:
     """The model with the modules that the plan learns; its own arrays are shared, not copied."""
-    make = lambda key: type(model)(model.config, plan=plan, rngs=nnx.Rngs(key))  # noqa: E731
-    key = jax.random.key(seed)
-    skeleton, shapes = split_model(nnx.eval_shape(lambda: make(key)))
+    skeleton, shapes = _outline(model, plan)
     own = split_model(model)[1]
     missing = [name for name in shapes.params if name not in own.params]
-    foreign = [name for name in missing if "reductions/" not in name]
-    foreign += [n for n in own.params.keys() - shapes.params.keys() if "reductions/" not in n]
+    new = {}
+    if missing:  # what is not asked for is never computed
+
+        def draw(key: Array) -> dict[str, Array]:
+            params = split_model(_made(model, plan, key))[1].params
+            return {name: params[name] for name in missing}
+
+        new = jax.jit(draw)(jax.random.key(seed))
+    params = {n: new[n] if n in new else own.params[n] for n in shapes.params}
+    return skeleton.merge(params, own.rest)
+
+
+def _made(model: Any, plan: Plan, key: Array) -> Any:
+    return type(model)(model.config, plan=plan, rngs=nnx.Rngs(key))
+
+
+def _outline(model: Any, plan: Plan) -> tuple[Skeleton, Weights]:
+    """The model under the plan without arrays. Raises ValueError where the plan does more than to
+    add modules of its own."""
+    skeleton, shapes = split_model(nnx.eval_shape(lambda: _made(model, plan, jax.random.key(0))))
+    changed = shapes.params.keys() ^ split_model(model)[1].params.keys()
+    foreign = sorted(name for name in changed if "reductions/" not in name)
     if foreign:
         raise ValueError(
             f"plan {plan.name!r} changes the model's own parameters, such as {foreign[0]!r}; build "
             "a new model with plan= and train it."
         )
-    new = {}
-    if missing:  # what is not asked for is never computed
-        draw = lambda key: {n: split_model(make(key))[1].params[n] for n in missing}  # noqa: E731
-        new = jax.jit(draw)(key)
-    params = {n: new[n] if n in new else own.params[n] for n in shapes.params}
-    return skeleton.merge(params, own.rest)
+    return skeleton, shapes
 
 
 def what_fits(model: Any, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -87,11 +111,7 @@ def _fit(model: Any, name: str) -> dict[str, Any]:
     row = {"method": name, "fits": True, "learned": get_method(name).learned, "why": ""}
     try:
         plan, _ = find_plan(model, name, None, "mid", {})
-        make = lambda: type(model)(model.config, plan=plan, rngs=nnx.Rngs(0))  # noqa: E731
-        skeleton, shapes = split_model(nnx.eval_shape(make))
-        alike = shapes.params.keys() ^ split_model(model)[1].params.keys()
-        if any("reductions/" not in path for path in alike):
-            raise ValueError("it changes the model's own parameters")
+        skeleton, shapes = _outline(model, plan)
         inputs = example(model)
 
         def run(params: Any, rest: Any, key: Any) -> Any:

@@ -72,9 +72,7 @@ def llama_config(settings: Settings, names: Iterable[str] = ()) -> DecoderConfig
 
 def _gemma_config(settings: Settings, names: Iterable[str]) -> DecoderConfig:
     kind = settings["model_type"]
-    scale = settings.get("query_pre_attn_scalar")
-    if scale is not None and scale != settings["head_dim"]:
-        require(settings, query_pre_attn_scalar=settings["head_dim"])
+    require(settings, query_pre_attn_scalar=settings.get("head_dim"))
     require(settings, attention_bias=False, use_bidirectional_attention=False)
     field = "hidden_activation" if settings.get("hidden_activation") else "hidden_act"
     caps = {"logit_cap": "final_logit_softcapping", "attention_cap": "attn_logit_softcapping"}

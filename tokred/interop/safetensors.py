@@ -96,8 +96,7 @@ def place_params(
     params = {}
     for each in found:
         if each.paths:
-            arrays = each.rule.change.read(get(each.name))
-            arrays = [arrays] if isinstance(each.rule.path, str) else arrays
+            arrays = each.rule.read(get(each.name))
             for path, array in zip(each.paths, arrays, strict=True):
                 params[path] = _place(where, each.name, path, array, wanted[path])
     return params
@@ -130,7 +129,6 @@ def write_params(
     for each in found:
         old, new = get(each.name), [np.asarray(params[path]) for path in each.paths]
         if new:
-            one = isinstance(each.rule.path, str)
-            old = each.rule.change.write(new[0] if one else new).astype(old.dtype)
+            old = each.rule.write(new).astype(old.dtype)
         tensors[each.name] = np.ascontiguousarray(old).reshape(old.shape)
     save_file(tensors, file, metadata=None if metadata is None else dict(metadata))

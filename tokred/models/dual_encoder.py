@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tokred.models.text_encoder import TextEncoder, TextEncoderConfig, normalised
+from tokred.models.text_encoder import TextEncoder, TextEncoderConfig
 from tokred.models.vit import ViT, ViTConfig
 from tokred.plan import Layout, Plan
 from tokred.report import Call, Report
+from tokred.score import cosine
 
 DENSE = Plan()
 
@@ -56,7 +57,7 @@ class DualEncoder(nnx.Module):
         the ids. Static: plan."""
         seen, report = self.see(images, plan=plan, call=call)
         read, _ = self.text(ids, valid=valid)
-        logits = jnp.exp(self.scale[...]) * (normalised(seen) @ normalised(read).T)
+        logits = jnp.exp(self.scale[...]) * cosine(seen, read)
         return logits if self.shift is None else logits + self.shift[...], report
 
     def see(

@@ -3,23 +3,24 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.models.decoder import Decoder, DecoderConfig
+from tokred.models.inner import HasInner
+from tokred.models.vit import pool_tokens
 from tokred.ops import gather
-from tokred.plan import Layout, Plan, nearest
+from tokred.plan import Plan, nearest
 from tokred.report import Call, Report
-from tokred.tokens import Tokens
+from tokred.tokens import Tokens, last_of
 
 DENSE = Plan()
 POOLS = ("first", "last", "mean", "size_mean", "end")
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
+class TextEncoderConfig(HasInner):
     """Everything that shapes a text encoder; all fields are static.
 
     trunk: embeddings and layers; it has no logits. pool: the 'first' token, the 'last' valid one,
@@ -47,30 +48,8 @@ class TextEncoderConfig:
         return self.trunk.context
 
     @property
-    def depth(self) -> int:
-        return self.trunk.depth
-
-    @property
-    def layout(self) -> Layout:
-        return self.trunk.layout
-
-    def layout_of(self, tokens: int) -> Layout:
-        """The layout for so many tokens."""
-        return self.trunk.layout_of(tokens)
-
-    @property
-    def projection_macs(self) -> tuple[int, int, int]:
-        """Of one token's query, key and value."""
-        return self.trunk.projection_macs
-
-    @property
-    def pair_macs(self) -> int:
-        """Of one query's logits or values with one key, all heads."""
-        return self.trunk.pair_macs
-
-    def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
-        """Of one layer, at these token counts."""
-        return self.trunk.layer_macs(projected, queries, keys, mlp)
+    def inner(self) -> DecoderConfig:
+        return self.trunk
 
     def outer_macs(self, tokens: Any) -> int:
         """Of what follows pooling."""
@@ -124,30 +103,13 @@ class TextEncoder(nnx.Module):
     def _pooled(self, ids: Array, tokens: Tokens, valid: Array | None) -> Float[Array, "B D"]:
         pool = self.config.pool
         if pool.endswith("mean"):
-            return _mean(tokens, pool == "size_mean")
+            return pool_tokens(tokens.replace(x=tokens.x.astype(jnp.float32)), pool)
         if valid is None:
             valid = jnp.ones(ids.shape, bool)
         if pool == "end":
             end = self.config.end_id
             slot = jnp.argmax(ids if end is None else (ids == end) & valid, axis=-1)
         else:
-            slot = jnp.argmax(valid, -1) if pool == "first" else tokens_last(valid)
+            slot = jnp.argmax(valid, -1) if pool == "first" else last_of(valid)[:, 0]
         now = gather(tokens.sources(), slot[:, None], axis=1)
         return gather(tokens.x, jnp.maximum(now, 0), axis=1)[:, 0]
-
-
-def tokens_last(valid: Bool[Array, "B N"]) -> Int[Array, " B"]:
-    """The slot of the last valid token."""
-    return valid.shape[-1] - 1 - jnp.argmax(valid[..., ::-1], axis=-1)
-
-
-def _mean(tokens: Tokens, by_size: bool) -> Float[Array, "B D"]:
-    weight = jnp.ones(tokens.x.shape[:-1]) if tokens.valid is None else tokens.valid
-    weight = (tokens.sizes() * weight if by_size else weight)[..., None].astype(jnp.float32)
-    total = (tokens.x.astype(jnp.float32) * weight).sum(-2)
-    return total / jnp.maximum(weight.sum(-2), 1e-9)
-
-
-def normalised(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Rows of length 1."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True))

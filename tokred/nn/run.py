@@ -136,8 +136,7 @@ class Here:
             if how is PLAIN:
                 return update, cache.append(stored, v, place, keys.valid)
             whole = hold(stored, v, place, keys.valid, cache.raw, cache.extent)
-            left = how.begin(whole, self._look(q, queries))
-            return update, how.settle(left.resize(cache.capacity))
+            return update, how.rest(whole, self._look(q, queries), cache.capacity)
         cache, look = how.write(cache, stored, v, place, keys.valid), self._look(q, queries)
         update = self.block.attend_cached(q, queries, how.read(cache, look))
         return update, how.go_on(cache, look)

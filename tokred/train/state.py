@@ -1,9 +1,9 @@
 """The state of a training run.
 
-The train state is a plain dict: 'params' and
-'rest' (arrays by path), 'ema' (averages of what trains, perhaps none), 'opt' (the optimizer's, for
-what trains), 'controllers' (running states of reductions by site), 'key' (of all draws), 'step'
-(int32 []) and 'fault' (int32 [], 0 as long as all numbers were finite).
+The train state is a plain dict: 'params' and 'rest' (arrays by path), 'ema' (averages of what
+trains, perhaps none), 'opt' (the optimizer's, for what trains), 'controllers' (running states of
+reductions by site), 'key' (of all draws), 'step' (int32 []) and 'fault' (int32 [], 0 as long as all
+numbers were finite).
 """
 
 import re
