@@ -59,11 +59,16 @@ class Reduction:
 
     twins: the forms that exist, see `Plan`; in any but the packed one all tokens stay in their
     slots. Under a twin that a reduction lacks it acts packed. grows: whether it may add tokens.
+    joins: of how many images, tokens [*B I N D], it makes one.
     """
 
     asks: ClassVar[tuple[Ask, ...]] = ()
     twins: ClassVar[tuple[str, ...]] = ("packed",)
     grows: ClassVar[bool] = False
+
+    @property
+    def joins(self) -> int:
+        return 1
 
     def counts(self, n: int, prefix: int) -> int:
         """Tokens out for `n` tokens in, prefix included in both."""

@@ -115,6 +115,16 @@ def talk(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {"ids": ids, "image": image, "logits": model(input_ids=whole, pixel_values=image).logits}
 
 
+def talk_of_crops(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Logits of a prompt with a wide image: an overview and two crops, of which borders go."""
+    image, ids = images(3), texts(1, 9)
+    size = torch.tensor([[13, 40]])
+    count = 16 + 2 * (8 + 1)  # a row of each border goes, every row ends in a newline
+    whole = torch.cat([ids[:, :3], torch.full((1, count), 49), ids[:, 3:]], 1)
+    out = model(input_ids=whole, pixel_values=image[None], image_sizes=size)
+    return {"ids": ids, "image": image, "logits": out.logits}
+
+
 def t5() -> torch.nn.Module:
     config = tf.T5Config(
         d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=50,
@@ -131,6 +141,15 @@ def llava() -> torch.nn.Module:
     vision, text = tf.CLIPVisionConfig(**SEEN), tf.LlamaConfig(**LM)
     config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
     return tf.LlavaForConditionalGeneration(config)
+
+
+def llava_next() -> torch.nn.Module:
+    vision, text = tf.CLIPVisionConfig(**SEEN), tf.LlamaConfig(**{**LM, "max_position_embeddings": 80})
+    config = tf.LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=49,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )  # fmt: skip
+    return tf.LlavaNextForConditionalGeneration(config)
 
 
 Make = Callable[[], torch.nn.Module]
@@ -190,6 +209,7 @@ FAMILIES: dict[str, tuple[Make, Ask]] = {
     ),
     "t5": (t5, translate),
     "llava": (llava, talk),
+    "llava_next": (llava_next, talk_of_crops),
 }  # fmt: skip
 
 

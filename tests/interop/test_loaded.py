@@ -83,6 +83,16 @@ def test_changed_weights_are_written(tmp_path: Path):
         tokred.save(tokred.Loaded(loaded.model), tmp_path / "more")
 
 
+def test_a_resized_model_is_written_and_read_again(tmp_path: Path):
+    wide = tokred.load(VIT, image_size=(24, 16))
+    images = jax.random.normal(jax.random.key(0), (1, 24, 16, 3))
+    again = tokred.load(tokred.save(wide, tmp_path / "wide"))
+    assert again.model.config == wide.model.config
+    np.testing.assert_array_equal(again(images)[0], wide(images)[0])
+    back = tokred.load(tokred.save(again, tmp_path / "again"), image_size=(16, 16))
+    assert back.model.config == tokred.load(VIT).model.config
+
+
 def test_types_and_sizes_by_name():
     loaded = tokred.load(VIT, image_size=(24, 16), param_dtype=jnp.bfloat16)
     assert loaded.model.config.grid == (6, 4)

@@ -75,8 +75,20 @@ def talk(loaded: Loaded, given: Answers) -> Answers:
     return {"out_logits": logits}
 
 
+def talk_of_crops(loaded: Loaded, given: Answers) -> Answers:
+    """The same for an overview and two crops of an image of 13 x 40, which take 34 places."""
+    config = loaded.model.config
+    ids = jnp.insert(given["in_ids"], 3, config.image_id, axis=1)
+    plan = tokred.make_plan("anyres", config.layout, crops=(1, 2), size=(13, 40))
+    logits = loaded.model(ids, pixels(given["in_image"])[None], plan=plan)[0]
+    text = np.delete(np.arange(given["out_logits"].shape[1]), np.arange(3, 3 + 33))
+    given["out_logits"] = given["out_logits"][:, text]
+    return {"out_logits": logits}
+
+
 ASK: dict[str, Callable[[Loaded, Answers], Answers]] = {
-    **dict.fromkeys(NAMES, read), "t5": translate, "llava": talk, "bert": encode,
+    **dict.fromkeys(NAMES, read), "t5": translate, "bert": encode,
+    "llava": talk, "llava_next": talk_of_crops,
     **dict.fromkeys(("clip", "siglip"), match),
     **dict.fromkeys((n for n in NAMES if n.startswith(("vit", "deit", "dino", "clip_"))), see),
 }  # fmt: skip

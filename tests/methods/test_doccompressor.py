@@ -49,7 +49,7 @@ def test_groups_lie_where_the_whole_view_does():
 def test_a_token_sees_its_own_crops_tokens_alone():
     run = jax.jit(lambda x: reduction()(make_tokens(x), {}, module=module())[0].x)
     x = pages().x
-    before, after = run(x), run(x.at[:, 1, 0].add(1.0))
+    before, after = run(x), run(x.at[:, 1, 0, 0].add(1.0))
     changed = np.flatnonzero(np.abs(after - before).max((0, 1, 3)) > 1e-6)
     np.testing.assert_array_equal(changed, [0])
     assert before.shape == (2, 1, 6, WIDTH)
@@ -74,8 +74,7 @@ def test_a_vlm_reads_one_image_of_a_page():
     model = VLM(config, plan=plan, rngs=nnx.Rngs(0))
     ids = jnp.asarray([[1, 12, 2]])
     images = jax.random.normal(jax.random.key(1), (1, 3, 8, 8, 1))
-    given = jnp.asarray([[True, False, False]])
-    logits, report = model(ids, images, plan=plan, image_valid=given)
+    logits, report = model(ids, images, plan=plan)
     assert logits.shape == (1, 3, 13)
     assert report.tokens.n == 2 + 4
 

@@ -19,6 +19,7 @@ ROWS = (*VISION, *CLUSTERS, *CONNECTORS, *TEXT, *CACHES)
 # What needs a text or several images beside its tokens, and where it is tested instead.
 ELSEWHERE = {
     "quecc": "models/test_vlm.py",
+    "anyres": "methods/test_anyres.py",
     "doccompressor": "methods/test_doccompressor.py",
     "slime_router": "methods/test_slime_router.py",
 }

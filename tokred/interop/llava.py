@@ -1,4 +1,7 @@
-"""LLaVA 1.5: a CLIP tower, two linears, a Llama."""
+"""LLaVA 1.5 and LLaVA-NeXT: a CLIP tower, two linears, a Llama; NeXT's rows end in newlines.
+
+A prompt of LLaVA-NeXT is read under `make_plan("anyres", config.layout, crops=..., size=...)`.
+"""
 
 from collections.abc import Iterable
 
@@ -16,7 +19,7 @@ def _config(settings: Settings, names: Iterable[str]) -> VLMConfig:
     require(settings, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     require(settings, multimodal_projector_bias=True)
     require(vision, model_type="clip_vision_model")
-    require(text, model_type=("llama", "mistral"))
+    require(text, model_type=("llama", "mistral", "qwen2"))
     layer = settings.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or layer >= -1:
         require(settings, vision_feature_layer=-2)
@@ -26,6 +29,7 @@ def _config(settings: Settings, names: Iterable[str]) -> VLMConfig:
         decoder=llama_config(text),
         feature_layer=vision["num_hidden_layers"] + 1 + layer,
         image_id=image,
+        newline=settings["model_type"] == "llava_next",
     )
 
 
@@ -36,7 +40,8 @@ def _rules(settings: Settings, names: Iterable[str], config: VLMConfig) -> list[
         *tower_rules(tower, "vision/", settings["vision_config"], config.vision),
         *linears("multi_modal_projector.", "projector/", PROJECTOR),
         *llama_rules("language_model.", "decoder/"),
+        Rule("image_newline", "newline"),
     ]
 
 
-LLAVA = Family("llava", ("llava",), VLM, _config, _rules)
+LLAVA = Family("llava", ("llava", "llava_next"), VLM, _config, _rules)

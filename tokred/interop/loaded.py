@@ -17,6 +17,7 @@ from tokred.interop.attach import attached, find_plan
 from tokred.interop.families import Source
 from tokred.interop.gguf import open_source
 from tokred.interop.safetensors import open_file, write_params
+from tokred.interop.vision import sides
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan, Reduction, nearest
 
@@ -168,7 +169,7 @@ def _resized(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
     vision = getattr(config, "vision", config)
     part = settings.get("vision_config", settings)
     size = getattr(vision, "image_size", None)
-    if size is None or (part["image_size"],) * 2 == size:
+    if size is None or sides(part, "image_size") == size:
         return dict(settings)
     new = {**part, "image_size": size[0] if size[0] == size[1] else list(size)}
     return {**settings, "vision_config": new} if "vision_config" in settings else new

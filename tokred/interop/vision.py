@@ -36,17 +36,24 @@ FIELDS = {
 }
 
 
+def sides(settings: Settings, field: str) -> tuple[int, int]:
+    """(rows, columns) of a field that is one number or two."""
+    value = settings[field]
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
 def resized(settings: Settings, config: ViTConfig, antialias: bool = False) -> Change:
     """A table of positions brought to another grid as torch's bicubic `interpolate` does; rows in
     front of the grid stay. Writing leaves it at the grid that it has."""
-    side = settings["image_size"] // settings["patch_size"]
-    if config.grid == (side, side):
+    image, patch = sides(settings, "image_size"), sides(settings, "patch_size")
+    stored = image[0] // patch[0], image[1] // patch[1]
+    if config.grid == stored:
         return AS_IS
-    sides = [resize_matrix(side, n, "bicubic", antialias=antialias) for n in config.grid]
-    matrix = grid_matrix(*sides)
+    pairs = zip(stored, config.grid, strict=True)
+    matrix = grid_matrix(*(resize_matrix(a, b, "bicubic", antialias=antialias) for a, b in pairs))
 
     def read(table: np.ndarray) -> np.ndarray:
-        front = len(table) - side**2
+        front = len(table) - stored[0] * stored[1]
         grid = (matrix @ table[front:].astype(np.float32)).astype(table.dtype)
         return np.concatenate([table[:front], grid])
 
@@ -59,12 +66,10 @@ def then(first: Change, second: Change) -> Change:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    size, patch = settings["image_size"], settings["patch_size"]
     gelu = activation(settings).removeprefix("gelu_").replace("gelu", "exact")
-    sides = {"image_size": (size, size), "patch": (patch, patch), "gelu": gelu}
-    if "intermediate_size" in settings:
-        sides["hidden"] = settings["intermediate_size"]
-    return {**renamed(settings, FIELDS), **sides, "classes": 0}
+    shape = {"image_size": sides(settings, "image_size"), "patch": sides(settings, "patch_size")}
+    hidden = renamed(settings, {"hidden": "intermediate_size"})
+    return {**renamed(settings, FIELDS), **shape, **hidden, "gelu": gelu, "classes": 0}
 
 
 def _classes(settings: Settings, names: Iterable[str], head: str) -> int:

@@ -44,6 +44,10 @@ class DocCompressor(Reduction):
     heads: int
     depth: int
 
+    @property
+    def joins(self) -> int:
+        return 1 + self.crops[0] * self.crops[1]
+
     def counts(self, n: int, prefix: int) -> int:
         return n
 
@@ -67,9 +71,9 @@ class DocCompressor(Reduction):
         **how: Any,
     ) -> tuple[Tokens, Any, Any, dict[str, Any]]:
         r, c = self.crops
-        if tokens.x.ndim < 4 or tokens.x.shape[-3] != 1 + r * c:
+        if tokens.x.ndim < 4 or tokens.x.shape[-3] != self.joins:
             raise ValueError(
-                f"doccompressor: expected the {1 + r * c} images of a page and its {r}x{c} crops "
+                f"doccompressor: expected the {self.joins} images of a page and its {r}x{c} crops "
                 f"[*B I M D], got {tokens.x.shape}; give it at Site('output', part='connector')."
             )
         if tokens.n != self.grid[0] * self.grid[1] or tokens.valid is not None:

@@ -1,6 +1,7 @@
 """Vision-language models: a ViT, a connector, a decoder; reductions may act in all three."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +36,9 @@ class VLMConfig:
 
     vision: its head is not used (classes=0). feature_layer: how many of its layers run, None for
     all with the final norm (LLaVA: all but one). projector: a `Chain` from the width of the
-    connector's tokens to the decoder's, '' for none. images: places for images in an example.
-    image_id: the placeholder among the ids. image_step: of positions, see `v2pe_positions`.
+    connector's tokens to the decoder's, '' for none. images: of an example. image_id: the placeholder
+    among the ids. image_step: of positions, see `v2pe_positions`. newline: whether there is a
+    learned token for the ends of an image's rows, see `anyres`.
     """
 
     vision: ViTConfig = _part(ViTConfig, classes=0)  # noqa: RUF009
@@ -46,6 +48,7 @@ class VLMConfig:
     images: int = 1
     image_id: int = IMAGE
     image_step: float = 1.0
+    newline: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_id < self.decoder.vocab:
@@ -88,11 +91,24 @@ class VLMConfig:
             n = reduction.slots(n, 0, plan.twin)
         return n
 
+    def places(self, plan: Plan = DENSE, images: int | None = None) -> int:
+        """For how many images the decoder holds places: connectors may join several views of one.
+        Raises ValueError where so many cannot be joined."""
+        images = self.images if images is None else images
+        joined = math.prod(reduction.joins for _, reduction in plan.of("connector").at("output"))
+        if images % joined:
+            raise ValueError(
+                f"Plan {plan.name!r} joins {joined} views of every image, which {images} images do "
+                "not divide into; give all views of each, and set images to their number."
+            )
+        return images // joined
+
     def decoder_layout(self, tokens: int, plan: Plan = DENSE) -> Layout:
         """Of the decoder, for prompts of so many ids under what the plan does before it."""
         k = self.image_tokens(plan)
-        layout = self.decoder.layout_of(tokens + self.images * (k - 1))
-        return dataclasses.replace(layout, images=(self.images, k), part="decoder")
+        places = self.places(plan)
+        layout = self.decoder.layout_of(tokens + places * (k - 1))
+        return dataclasses.replace(layout, images=(places, k), part="decoder")
 
     def parts(self, plan: Plan, tokens: int | None) -> dict[str, tuple[Any, int | None, int]]:
         """What each part costs, see `cost.macs`; tokens: ids of a prompt."""
@@ -107,13 +123,15 @@ class VLMConfig:
         n = self.context if tokens is None else tokens
         d, width = self.decoder.width, plan.of("vision").out_width(self.vision.width)
         k = self.image_tokens(plan.of("vision").within("vision"))
-        each = k * chain_macs(self.projector, width, d)
+        images = self.images
+        seen = images * k * chain_macs(self.projector, width, d)
         behind = dataclasses.replace(self.layout, width=d, prefix=0, heads=self.decoder.heads)
         for _, reduction in plan.of("connector").at("output"):
-            each += reduction.macs(k, behind)
+            images //= reduction.joins
+            seen += images * reduction.macs(k, behind)
             k = reduction.slots(k, 0, plan.twin)
         question = self._question_macs(n) if reads(plan, "text") else 0
-        return self.images * each + question + n * d * self.decoder.vocab
+        return seen + question + n * d * self.decoder.vocab
 
     def _question_macs(self, n: int) -> int:
         return self.decoder.depth * self.decoder.layer_macs(n, n, n, n)
@@ -145,6 +163,9 @@ class VLM(nnx.Module):
                 f"decoder of width {hidden}; set projector, or the connector's out_width."
             )
         self.decoder = Decoder(c.decoder, plan=plan.of("decoder"), rngs=rngs)
+        init = nnx.initializers.normal(hidden**-0.5)
+        line = (hidden,), c.decoder.param_dtype
+        self.newline = nnx.Param(init(rngs.params(), *line)) if c.newline else None
         layout = dataclasses.replace(config.layout, width=hidden, prefix=0, part="")
         self.reductions = nnx.Dict(plan.of("connector").build(layout, rngs))
 
@@ -164,6 +185,8 @@ class VLM(nnx.Module):
         has dropped a token for good they are 0.
 
         valid: which ids are real. image_valid: which images are; absent ones have no placeholder.
+        Where a connector joins views of an image (`Reduction.joins`), I counts views, and
+        image_valid is of images.
         patch_valid: which patches of each image are, for images of several sizes in one batch.
         question: what connectors may read of the text; it must not hold answers. Static: plan.
 
@@ -196,7 +219,8 @@ class VLM(nnx.Module):
     ) -> tuple[Spliced, dict[str, Report]]:
         """What the decoder reads: text and images in place."""
         check_ids(ids, self.config.decoder, plan.of("decoder"))
-        check_prompt(ids, self.config.image_id, image_valid, valid, images.shape[1])
+        places = self.config.places(plan, images.shape[1])
+        check_prompt(ids, self.config.image_id, image_valid, valid, places)
         given = self._given(ids, question, plan)
         how: dict[str, Any] = {"plan": plan, "call": call, "given": given}
         seen, reports = self.see(images, patch_valid=patch_valid, **how)
@@ -231,9 +255,16 @@ class VLM(nnx.Module):
         tokens = tokens.replace(x=self.projector(tokens.x))
         after = call.of("connector")
         modules = {**self.reductions, **after.modules}
-        after = dataclasses.replace(after, modules=modules, given={**call.given, **given})
+        given = {**call.given, **given, **self._newline(b)}
+        after = dataclasses.replace(after, modules=modules, given=given)
         tokens, records = reduce_model(plan.of("connector"), "output", tokens, after)
         return tokens, {"vision": report, "connector": make_report(tokens, records, (), ())}
+
+    def _newline(self, batch: int) -> dict[str, Array]:
+        if self.newline is None:
+            return {}
+        line = self.newline[...]
+        return {"newline": jnp.broadcast_to(line, (batch, *line.shape))}
 
     def _given(self, ids: Array, question: Any, plan: Plan) -> dict[str, Any]:
         """What connectors ask for of the text: 'text' [B D], the question's last hidden state as
@@ -288,7 +319,9 @@ class Prompted:
     @property
     def more(self) -> int:
         """How many tokens more than ids a prompt has."""
-        return self.images.shape[1] * (self.model.config.image_tokens(self.plan) - 1)
+        config = self.model.config
+        places = config.places(self.plan, self.images.shape[1])
+        return places * (config.image_tokens(self.plan) - 1)
 
     @property
     def config(self) -> DecoderConfig:
