@@ -1,5 +1,8 @@
 """Rotary positions (Su et al. 2021) from the positions that tokens carry."""
 
+import math
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -7,10 +10,36 @@ from tokred.ops.gather import aligned
 from tokred.positions import check_positions
 
 
-def rotary_rates(width: int, theta: float) -> Float[Array, " half"]:
-    """Radians per position of each pair of channels: theta^(-2i / width)."""
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower turns for contexts longer than the one trained on; all fields are static.
+
+    Every pair of channels turns `factor` times slower (Chen et al. 2023, 'linear'). With
+    `original`, the context trained on, those that turn more than `high` times within it keep their
+    rate, and those between `low` and `high` turns lie in between (Llama 3.1, 'llama3').
+    """
+
+    factor: float
+    original: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+
+    def __call__(self, rates: Float[Array, " half"]) -> Float[Array, " half"]:
+        """The slower rates."""
+        if self.original is None:
+            return rates / self.factor
+        turns = self.original * rates / (2 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return rates * (kept + (1 - kept) / self.factor)
+
+
+def rotary_rates(
+    width: int, theta: float, scaling: RopeScaling | None = None
+) -> Float[Array, " half"]:
+    """Radians per position of each pair of channels: theta^(-2i / width), perhaps scaled."""
     half = width // 2
-    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return rates if scaling is None else scaling(rates)
 
 
 def rotate(

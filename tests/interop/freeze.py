@@ -144,12 +144,21 @@ def llava() -> torch.nn.Module:
 
 
 def llava_next() -> torch.nn.Module:
-    vision, text = tf.CLIPVisionConfig(**SEEN), tf.LlamaConfig(**{**LM, "max_position_embeddings": 80})
+    text = tf.LlamaConfig(**{**LM, "max_position_embeddings": 80})
     config = tf.LlavaNextConfig(
-        vision_config=vision, text_config=text, image_token_index=49,
+        vision_config=tf.CLIPVisionConfig(**SEEN), text_config=text, image_token_index=49,
         image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
     )  # fmt: skip
     return tf.LlavaNextForConditionalGeneration(config)
+
+
+def scaled(kind: str) -> dict[str, Any]:
+    """Parameters under which the first of 4 pairs is fast, the second between, the others slow."""
+    table = {"rope_type": kind, "rope_theta": 20.0, "factor": 4.0}
+    if kind == "linear":
+        return table
+    table |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {**table, "original_max_position_embeddings": 32}
 
 
 Make = Callable[[], torch.nn.Module]
@@ -182,6 +191,12 @@ FAMILIES: dict[str, tuple[Make, Ask]] = {
         lambda: tf.BertModel(tf.BertConfig(**READ)), encode
     ),
     "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LM)), read),
+    "llama_linear": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LM, rope_parameters=scaled("linear"))), read
+    ),
+    "llama31": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LM, rope_parameters=scaled("llama3"))), read
+    ),
     "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**LM, tie_word_embeddings=True)), read),
     "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**LM, sliding_window=4)), read),
     "gemma": (

@@ -152,7 +152,8 @@ def test_settings_that_do_not_fit(change: dict, match: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "swiglu"}, "hidden_act='swiglu'"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 from tokred.interop.family import Family, Settings, activation, renamed, require
 from tokred.interop.names import TRANSPOSE, Rule, first_prefix, linears, norms, split
 from tokred.models import Decoder, DecoderConfig
+from tokred.rotary import RopeScaling
 
 FIELDS = {
     "vocab": "vocab_size",
@@ -33,15 +34,30 @@ AROUND = {
 
 
 def rope(settings: Settings, default: float = 10_000.0) -> dict[str, Any]:
-    """Bases of the rotation, of all layers or of far and near ones. Raises ValueError for positions
-    that are scaled."""
+    """Bases of the rotation, of all layers or of far and near ones, and its scaling. Raises
+    ValueError for scalings that are not supported."""
     table = settings.get("rope_parameters") or {}
     near, far = table.get("sliding_attention"), table.get("full_attention", table)
-    for part in (near or {}, far, settings.get("rope_scaling") or {}):
-        require({**part, "model_type": settings["model_type"]}, rope_type="default", type="default")
+    older = settings.get("rope_scaling") or {}  # of files before transformers 5
+    far = {**far, **{"rope_type" if k == "type" else k: v for k, v in older.items()}}
+    kind = {"model_type": settings["model_type"]}
+    require({**(near or {}), **kind}, rope_type="default")
     theta = far.get("rope_theta", settings.get("rope_theta", default))
     local = settings.get("rope_local_base_freq") if near is None else near["rope_theta"]
-    return {"rope_theta": float(theta)} | ({} if local is None else {"local_theta": float(local)})
+    fields = {"rope_theta": float(theta), "rope_scaling": _scaling({**far, **kind})}
+    return fields | ({} if local is None else {"local_theta": float(local)})
+
+
+def _scaling(table: Settings) -> RopeScaling | None:
+    name = table.get("rope_type")
+    require(table, rope_type=("default", "linear", "llama3"))
+    if name in (None, "default"):
+        return None
+    named = {"factor": "factor"}
+    if name == "llama3":
+        named |= {"original": "original_max_position_embeddings"}
+        named |= {"low": "low_freq_factor", "high": "high_freq_factor"}
+    return RopeScaling(**renamed(table, named))
 
 
 def _window(settings: Settings) -> dict[str, Any]:

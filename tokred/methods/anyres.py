@@ -116,8 +116,8 @@ def anyres(
     crops: (rows, columns) of crops, behind the overview; an example's images are then as many times
     1 + rows * columns. size: (Y, X) of the image before it was scaled, default all of the crops.
     grid: of a view's tokens in front of it, default the model's. For the connector of a `VLM` with
-    `newline`: the plan lies in the part 'connector'. It adds tokens: what reduces them goes in front
-    of it, if grids stay whole, or behind it.
+    `newline`: the plan lies in the part 'connector'. It adds tokens: what reduces them goes in
+    front of it, if grids stay whole, or behind it.
     """
     rows, columns = crops
     whole = (rows * layout.grid[0], columns * layout.grid[1]) if layout.grid else (rows, columns)

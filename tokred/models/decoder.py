@@ -18,6 +18,7 @@ from tokred.nn.layers import Layers
 from tokred.nn.mlp import ACTIVATIONS
 from tokred.plan import AROUND, Layout, Plan, nearest
 from tokred.report import Call, Report, make_report, reduce_model
+from tokred.rotary import RopeScaling
 from tokred.tokens import Tokens, make_tokens
 
 DENSE = Plan()
@@ -32,10 +33,10 @@ class DecoderConfig:
     multiples of 64. window: how many places back a query sees, None for all; in every layer but
     each `global_every`-th. tie: the output reads the embedding table. logit_cap, attention_cap:
     bound logits c as cap tanh(c / cap). scale_embed: embeddings times sqrt(width). local_theta:
-    rope_theta of the layers with a window, None for the same. rotary=False: a learned embedding
-    per position. segments: kinds of text with an embedding each, 0 for none. embed_norm: a norm
-    behind the embeddings. final_norm: one behind the layers. Other fields: see `BlockShape`. scan:
-    see `Layers`.
+    rope_theta of the layers with a window, whose turns are not scaled, None for the same.
+    rotary=False: a learned embedding per position. segments: kinds of text with an embedding each,
+    0 for none. embed_norm: a norm behind the embeddings. final_norm: one behind the layers. Other
+    fields: see `BlockShape`. scan: see `Layers`.
     """
 
     vocab: int = 259
@@ -48,6 +49,7 @@ class DecoderConfig:
     context: int = 2048
     activation: str = "silu"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     local_theta: float | None = None
     rotary: bool = True
     causal: bool = True
@@ -153,10 +155,11 @@ class DecoderConfig:
         }
         fields = {name: getattr(self, name) for name in same}
         far = self.global_every and (layer + 1) % self.global_every == 0
+        near = {"rope_theta": self.local_theta, "rope_scaling": None}
         return BlockShape(**{
             **fields,
             "window": None if far else self.window,
-            "rope_theta": self.rope_theta if far else self.local_theta or self.rope_theta,
+            **({} if far or self.local_theta is None else near),
             "implementation": self.attention,
         })  # fmt: skip
 

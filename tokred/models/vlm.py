@@ -36,9 +36,9 @@ class VLMConfig:
 
     vision: its head is not used (classes=0). feature_layer: how many of its layers run, None for
     all with the final norm (LLaVA: all but one). projector: a `Chain` from the width of the
-    connector's tokens to the decoder's, '' for none. images: of an example. image_id: the placeholder
-    among the ids. image_step: of positions, see `v2pe_positions`. newline: whether there is a
-    learned token for the ends of an image's rows, see `anyres`.
+    connector's tokens to the decoder's, '' for none. images: of an example. image_id: the
+    placeholder among the ids. image_step: of positions, see `v2pe_positions`. newline: whether
+    there is a learned token for the ends of an image's rows, see `anyres`.
     """
 
     vision: ViTConfig = _part(ViTConfig, classes=0)  # noqa: RUF009

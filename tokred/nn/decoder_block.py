@@ -14,7 +14,7 @@ from tokred.nn.experts import Experts
 from tokred.nn.mlp import GatedMlp, Mlp
 from tokred.nn.norm import RMSNorm
 from tokred.ops import attention, cached_attention, cached_probs, position_mask
-from tokred.rotary import rotary_rates, rotate, rotate_by
+from tokred.rotary import RopeScaling, rotary_rates, rotate_by
 from tokred.tokens import Tokens
 
 
@@ -38,6 +38,7 @@ class BlockShape:
     hidden: int
     activation: str = "silu"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     norm: str = "rms"
     norm_offset: float = 0.0
@@ -56,6 +57,12 @@ class BlockShape:
     implementation: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+
+    @property
+    def rates(self) -> Float[Array, " half"]:
+        """Of the rotation; zeros turn nothing."""
+        rates = rotary_rates(self.head_dim, self.rope_theta, self.rope_scaling)
+        return rates if self.rotary else jnp.zeros_like(rates)
 
 
 def _linear(shape: BlockShape, a: int, b: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
@@ -87,7 +94,7 @@ class GroupedAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if not self.shape.rotary:
             return q, k, v
-        turn = lambda y: rotate(y, position[..., 0], self.shape.rope_theta)  # noqa: E731
+        turn = lambda y: rotate_by(y, position, self.shape.rates)  # noqa: E731
         return turn(q), turn(k), v
 
     def mask(self, queries: Tokens, keys: Tokens) -> Bool[Array, "*B N M"] | None:
@@ -146,9 +153,8 @@ class GroupedAttention(nnx.Module):
 
     @property
     def rates(self) -> Float[Array, " half"]:
-        """Of the rotation; zeros turn nothing."""
-        rates = rotary_rates(self.shape.head_dim, self.shape.rope_theta)
-        return rates if self.shape.rotary else jnp.zeros_like(rates)
+        """See `BlockShape.rates`."""
+        return self.shape.rates
 
 
 def make_norm(shape: Any, width: int, rngs: nnx.Rngs) -> Any:
