@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tokred.__main__ import main
@@ -13,7 +14,7 @@ from tokred.models.sizes import DECODERS
 SMALL = ["--model", "vit_ti16", "--image-size", "64", "--batch", "1", "--rounds", "1"]
 ROW = {
     "method", "macs", "macs_ratio", "ms", "ms_ratio", "ms_low", "ms_high", "compile_s",
-    "compile_ratio", "temp_bytes",
+    "compile_ratio", "temp_bytes", "rounds", "conversion",
 }  # fmt: skip
 DECODER_ROW = ROW | {"pass", "share", "cache_bytes", "used_bytes"}
 DECODER = ["--model", "lm_tiny", "--tokens", "16", "--batch", "1", "--rounds", "1"]
@@ -47,7 +48,7 @@ def test_bench_in_bfloat16(capsys):
 
 def test_bench_prints_a_table(capsys):
     assert main(["bench", *SMALL, "--methods", "dense"]) == 0
-    meta, head, dense = capsys.readouterr().out.splitlines()
+    meta, head, _, dense = capsys.readouterr().out.splitlines()
     assert "packed twin" in meta and head.startswith("method") and dense.startswith("dense")
 
 
@@ -68,7 +69,7 @@ def test_bench_of_a_decoder(capsys, tiny):
 
 def test_a_table_has_no_empty_columns(capsys, tiny):
     assert main(["bench", *DECODER, "--best-dense"]) == 0
-    meta, head, *rows = capsys.readouterr().out.splitlines()
+    meta, head, _, *rows = capsys.readouterr().out.splitlines()
     assert "the faster of dense" in meta and "cache" not in head and len(rows) == 3
 
 
@@ -120,3 +121,59 @@ def test_the_module_runs():
     command = [sys.executable, "-m", "tokred", "methods", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["methods"]
+
+
+def test_what_was_timed_is_written_under_its_full_name(capsys, tmp_path):
+    how = ["--methods", "dense,topk", "--ahead", "2", "--out", str(tmp_path)]
+    rows = bench_json(capsys, *how)["rows"]
+    assert all(row["ms_pipelined"] > 0 for row in rows)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("bench-vit_ti16-float32-b1-cpu") and "-jax" in path.name
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+def test_fewer_rounds_than_asked_for_are_told(capsys):
+    small = [*SMALL[:-1], "5", "--methods", "dense", "--seconds", "0", "--json"]
+    assert main(["bench", *small]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"][0]["rounds"] == 1
+    assert result["untrusted"].startswith("1 of 5 rounds")
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_told(capsys, monkeypatch):
+    batches = []
+
+    def bench(config, methods, *, batch, **how):
+        batches.append(batch)
+        if batch > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return [{"method": "dense", "rounds": 10}]
+
+    monkeypatch.setattr("tokred.cli.bench.bench", bench)
+    assert main(["bench", "--model", "vit_ti16", "--batch", "8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert batches == [8, 4, 2] and json.loads(out)["batch"] == 2
+    assert err.splitlines() == [
+        "out of memory; batch 4 is tried",
+        "out of memory; batch 2 is tried",
+    ]
+
+
+def test_cost_counts_by_layer(capsys):
+    how = ["--model", "vit_ti16", "--image-size", "64", "--methods", "topk", "--keep", "0.5"]
+    assert main(["cost", *how, "--json"]) == 0
+    dense, topk = json.loads(capsys.readouterr().out)["rows"]
+    for row in (dense, topk):
+        assert row["macs"] == sum(layer["macs"] for layer in row["layers"])
+        assert row["compiled_macs"] == pytest.approx(row["macs"], rel=0.1)
+        assert row["bytes"] > 4 * row["params"]
+    assert topk["macs_ratio"] < 1 and topk["activations"] < dense["activations"]
+    assert main(["cost", *how]) == 0
+    assert "topk layer 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["lm_3m", "byt5_tiny", "vlm_1m"])
+def test_cost_of_other_models(capsys, model: str):
+    assert main(["cost", "--model", model, "--tokens", "128", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["compiled_macs"] == pytest.approx(row["macs"], rel=0.1)

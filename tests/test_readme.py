@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tokred.__main__ import make_parser, methods_markdown
+from tokred.__main__ import make_parser
+from tokred.cli.methods import methods_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- methods:start -->", "<!-- methods:end -->"

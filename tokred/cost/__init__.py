@@ -3,16 +3,19 @@
 from tokred.cost.bench import bench
 from tokred.cost.budget import solve_keep
 from tokred.cost.compiled import Compiled, compile_cost, compiled_macs
-from tokred.cost.macs import expected_macs, macs
-from tokred.cost.timing import Timing, time_rounds
+from tokred.cost.macs import LayerCost, expected_macs, layer_costs, macs
+from tokred.cost.timing import Rounds, Timing, time_rounds
 
 __all__ = [
     "Compiled",
+    "LayerCost",
+    "Rounds",
     "Timing",
     "bench",
     "compile_cost",
     "compiled_macs",
     "expected_macs",
+    "layer_costs",
     "macs",
     "solve_keep",
     "time_rounds",

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from tokred.cost.budget import solve_keep
 from tokred.cost.compiled import Compiled, compile_cost
 from tokred.cost.macs import Costed, macs
-from tokred.cost.timing import time_rounds
+from tokred.cost.timing import Rounds, Timing, time_rounds
 from tokred.methods import get_method, make_plan
 from tokred.models import ViT, ViTConfig
 from tokred.plan import Plan
@@ -32,7 +32,7 @@ def bench(
     methods: Sequence[str],
     *,
     batch: int = 8,
-    rounds: int = 10,
+    rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
     seed: int = 0,
@@ -43,7 +43,8 @@ def bench(
     with the same attention, in alternating rounds. keep: every method's budget; ratio: solve for
     it from a share of the dense MACs; neither: each method's defaults.
     Row: method, macs (one image), macs_ratio, ms (median of a batch), ms_ratio, ms_low, ms_high,
-    compile_s, compile_ratio, temp_bytes (see `Compiled`).
+    rounds, conversion (time saved / MACs saved), compile_s, compile_ratio, temp_bytes (see
+    `Compiled`); ms_pipelined where `Rounds.ahead` asks for it.
 
     Raises:
       ValueError: an unknown method, or a budget out of its reach.
@@ -65,19 +66,28 @@ def _candidate(model: ViT, plan: Plan, images: Array, key: Array) -> Candidate:
     return Candidate(cost, lambda: cost.run(state, images, key))
 
 
-def time_rows(candidates: Mapping[Any, Candidate], rounds: int, warmup: int = 2) -> dict[Any, Row]:
-    """ms, ms_low, ms_high, compile_s and temp_bytes of each candidate, timed in turns."""
+def time_rows(
+    candidates: Mapping[Any, Candidate], rounds: int | Rounds, warmup: int = 2
+) -> dict[Any, Row]:
+    """ms, ms_low, ms_high, rounds, compile_s and temp_bytes of each candidate, timed in turns, and
+    ms_pipelined where it is asked for."""
     times = time_rounds({name: c.call for name, c in candidates.items()}, rounds, warmup)
     return {
         name: {
             "ms": 1e3 * times[name].median,
             "ms_low": 1e3 * times[name].low,
             "ms_high": 1e3 * times[name].high,
+            **_pipelined(times[name]),
+            "rounds": times[name].rounds,
             "compile_s": candidate.cost.seconds,
             "temp_bytes": candidate.cost.temp_bytes,
         }
         for name, candidate in candidates.items()
     }
+
+
+def _pipelined(time: Timing) -> Row:
+    return {} if time.pipelined is None else {"ms_pipelined": 1e3 * time.pipelined}
 
 
 def choose_plans(
@@ -121,8 +131,11 @@ def split(model: Any, plan: Plan) -> tuple[Callable[..., Any], Any, Any]:
 
 
 def with_ratios(row: Row, dense: Row) -> Row:
-    """The row beside the dense one."""
-    return row | {ratio: row[field] / dense[field] for ratio, field in RATIOS.items()}
+    """The row beside the dense one; conversion: time saved / MACs saved, None where none are."""
+    ratios = {ratio: row[field] / dense[field] for ratio, field in RATIOS.items()}
+    saved = 1 - ratios["macs_ratio"]
+    conversion = (1 - ratios["ms_ratio"]) / saved if saved > 0 else None
+    return row | ratios | {"conversion": conversion}
 
 
 def device_name() -> str:

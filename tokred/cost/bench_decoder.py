@@ -16,6 +16,7 @@ from tokred.cost.bench import Candidate, Row, choose_plans, split, time_rows, wi
 from tokred.cost.compiled import compile_cost
 from tokred.cost.decoding import decode_rows
 from tokred.cost.macs import macs
+from tokred.cost.timing import Rounds
 from tokred.models import Decoder, DecoderConfig
 from tokred.plan import AROUND, Plan
 from tokred.report import Call
@@ -49,7 +50,7 @@ def bench_decoder(
     *,
     tokens: int = 1024,
     batch: int = 8,
-    rounds: int = 10,
+    rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
     passes: Passes = FORWARD,
@@ -144,7 +145,7 @@ def _whole_rows(
     models: Mapping[str, tuple[Decoder, Plan]],
     ids: Array,
     key: Array,
-    rounds: int,
+    rounds: int | Rounds,
 ) -> list[Row]:
     """Rows of a pass over whole sequences."""
     candidates, counts = {}, {}

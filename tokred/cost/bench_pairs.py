@@ -14,6 +14,7 @@ from tokred.cost.bench import Candidate, Row, choose_plans, split, time_rows
 from tokred.cost.bench_decoder import FORWARD, Passes, beside_dense
 from tokred.cost.compiled import compile_cost
 from tokred.cost.macs import macs
+from tokred.cost.timing import Rounds
 from tokred.models import Conditioned, EncoderDecoder, EncoderDecoderConfig
 from tokred.models.buckets import encode_in_buckets
 from tokred.models.encoder_decoder import START
@@ -30,7 +31,7 @@ def bench_pairs(
     *,
     tokens: int = 1024,
     batch: int = 16,
-    rounds: int = 10,
+    rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
     passes: Passes = FORWARD,
@@ -132,7 +133,7 @@ def _rows(
     costed: EncoderDecoderConfig,
     ids: Array,
     key: Array,
-    rounds: int,
+    rounds: int | Rounds,
     make: Callable[..., Any],
 ) -> list[Row]:
     candidates, counts = {}, {}

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from tokred.cost.bench import Candidate, Row, split, time_rows, with_ratios
 from tokred.cost.compiled import compile_cost
 from tokred.cost.macs import macs
+from tokred.cost.timing import Rounds
 from tokred.methods import get_method, make_plan
 from tokred.models.vlm import VLM, VLMConfig
 from tokred.plan import Plan
@@ -25,7 +26,7 @@ def bench_talk(
     lengths: Sequence[int],
     tokens: int = 64,
     batch: int = 4,
-    rounds: int = 10,
+    rounds: int | Rounds = 10,
     seed: int = 0,
 ) -> list[Row]:
     """One row per method and number of visual tokens, the dense model first, all with the same

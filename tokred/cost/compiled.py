@@ -13,13 +13,14 @@ class Compiled:
     """A compiled function with its costs.
 
     run: takes the arguments it was compiled for · macs: half the flops that the compiler counts,
-    elementwise ones included · seconds: tracing, lowering and compiling · temp_bytes: peak memory
-    beside arguments and results.
+    elementwise ones included · seconds: tracing, lowering and compiling · bytes: that it counts as
+    read and written · temp_bytes: peak memory beside arguments and results.
     """
 
     run: Callable[..., Any]
     macs: float
     seconds: float
+    bytes: float
     temp_bytes: int
 
 
@@ -30,9 +31,10 @@ def compile_cost(f: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) 
     start = time.perf_counter()
     run = jax.jit(f, donate_argnums=donate).lower(*args).compile()
     seconds = time.perf_counter() - start
-    flops: Any = run.cost_analysis()
+    counted: Any = run.cost_analysis()
     memory: Any = run.memory_analysis()
-    return Compiled(run, flops["flops"] / 2, seconds, memory.temp_size_in_bytes)
+    moved = counted.get("bytes accessed", 0.0)
+    return Compiled(run, counted["flops"] / 2, seconds, moved, memory.temp_size_in_bytes)
 
 
 def compiled_macs(f: Callable[..., Any], *args: Any) -> float:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from tokred.cache import KVCache, cache_reduction
 from tokred.cost.bench import Candidate, Row, split, time_rows
 from tokred.cost.compiled import Compiled, compile_cost
+from tokred.cost.timing import Rounds
 from tokred.maps import Keep
 from tokred.models import Decoder
 from tokred.plan import AROUND, Ask, Layout, Plan, Reduction, Site
@@ -77,7 +78,13 @@ def drawn(plan: Plan, share: float) -> Plan:
 
 
 def decode_rows(
-    models: Models, tokens: int, batch: int, steps: int, share: float, key: Array, rounds: int
+    models: Models,
+    tokens: int,
+    batch: int,
+    steps: int,
+    share: float,
+    key: Array,
+    rounds: int | Rounds,
 ) -> list[Row]:
     """Rows of the passes 'decode' and 'decode, skip', see `bench_decoder`."""
     runs = {}

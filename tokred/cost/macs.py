@@ -4,9 +4,10 @@ One walk gives the counts and one formula the cost, for the integers of a packed
 differentiable floats of a rate that is still being learned.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -69,6 +70,27 @@ class Composite(Protocol):
         ...
 
 
+class LayerCost(NamedTuple):
+    """MACs of one example in one layer of a part, all times that it runs, and the tokens that pass:
+    through the projections, as queries, as keys, through the MLP. layer: None for what lies around
+    the layers. reductions: what they compute and the evidence that they read."""
+
+    part: str
+    layer: int | None
+    projected: int
+    queries: int
+    keys: int
+    mlp: int
+    attention_macs: int
+    mlp_macs: int
+    reduction_macs: int
+    outer_macs: int = 0
+
+    @property
+    def macs(self) -> int:
+        return self.attention_macs + self.mlp_macs + self.reduction_macs + self.outer_macs
+
+
 def macs(config: Costed | Composite, plan: Plan = DENSE, *, tokens: int | None = None) -> int:
     """Multiply-accumulates of one example: matrix products only, no elementwise work.
 
@@ -77,19 +99,42 @@ def macs(config: Costed | Composite, plan: Plan = DENSE, *, tokens: int | None =
     Raises:
       ValueError: a plan that does not fit the model.
     """
-    if isinstance(config, Composite):
-        parts = config.parts(plan, tokens).items()
-        each = [
-            times * _macs(part, plan.of(name), n, n is None) for name, (part, n, times) in parts
-        ]
-        return sum(each) + config.joint_macs(plan, tokens)
-    return _macs(config, plan, tokens)
+    return sum(row.macs for row in layer_costs(config, plan, tokens=tokens))
 
 
-def _macs(config: Costed, plan: Plan, tokens: int | None, outer: bool = True) -> int:
+def layer_costs(
+    config: Costed | Composite, plan: Plan = DENSE, *, tokens: int | None = None
+) -> list[LayerCost]:
+    """Where the MACs of one example are; arguments and errors as in `macs`."""
+    if not isinstance(config, Composite):
+        return _layer_costs("", config, plan, tokens)
+    rows = []
+    for name, (part, n, times) in config.parts(plan, tokens).items():
+        own = _layer_costs(name, part, plan.of(name), n, n is None)
+        rows += [row._replace(**{f: times * getattr(row, f) for f in COUNTED}) for row in own]
+    joint = config.joint_macs(plan, tokens)
+    return [*rows, LayerCost("between", None, 0, 0, 0, 0, 0, 0, 0, joint)]
+
+
+COUNTED = ("attention_macs", "mlp_macs", "reduction_macs", "outer_macs")
+
+
+def _layer_costs(
+    name: str, config: Costed, plan: Plan, tokens: int | None, outer: bool = True
+) -> list[LayerCost]:
     layout = config.layout if tokens is None else config.layout_of(tokens)
     walk = _whole(config, plan, layout)
-    return round(_model(config, walk, outer) + _reductions(config, plan, walk, layout))
+    spent: dict[int | None, int] = defaultdict(int)
+    for layer, each in _reductions(config, plan, walk, layout):
+        spent[layer] += each
+    rows = []
+    for i, n in enumerate(walk.layers):
+        attention = config.layer_macs(n.projected, n.queries, n.keys, 0)
+        mlp = config.layer_macs(n.projected, n.queries, n.keys, n.mlp) - attention
+        rows.append(LayerCost(name, i, *n, attention, mlp, round(spent.pop(i, 0))))
+    around = config.outer_macs(walk.tokens) if outer else 0
+    n = walk.tokens
+    return [*rows, LayerCost(name, None, n, n, n, n, 0, 0, round(sum(spent.values())), around)]
 
 
 def expected_macs(
@@ -127,7 +172,8 @@ def _expected(
         return reduction.expected_count(n, layout.prefix, _aux(report.aux, site, plan))
 
     expected = _model(config, _walk(config, plan, count, layout), outer)
-    return 1.0 * (expected + _reductions(config, packed, _whole(config, packed, layout), layout))
+    costs = _reductions(config, packed, _whole(config, packed, layout), layout)
+    return 1.0 * (expected + sum(each for _, each in costs))
 
 
 def _aux(aux: Mapping[str, Any], site: Site, plan: Plan) -> Mapping[str, Any]:
@@ -139,8 +185,7 @@ def _aux(aux: Mapping[str, Any], site: Site, plan: Plan) -> Mapping[str, Any]:
     return aux[site.name]
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """Counts in one layer: at the projections, queries, keys and MLP."""
 
     projected: Number
@@ -156,7 +201,7 @@ class _Walk:
     tokens: Number = 0
     layers: list[_Layer] = field(default_factory=list)
     reductions: list[tuple[Site, Reduction, Number]] = field(default_factory=list)
-    stored: list[tuple[Ask, Number]] = field(default_factory=list)
+    stored: list[tuple[int, Ask, Number]] = field(default_factory=list)
 
 
 def _whole(config: Costed, plan: Plan, layout: Layout) -> _Walk:
@@ -191,7 +236,7 @@ def _walk(config: Costed, plan: Plan, count: Callable[..., Number], layout: Layo
         projected = after("around_attention", layer, inner)
         keys = after("keys", layer, projected)
         queries = after("inside", layer, projected)
-        walk.stored += [(ask, projected) for ask in plan.stored_at(layer)]
+        walk.stored += [(layer, ask, projected) for ask in plan.stored_at(layer)]
         # Around a branch all tokens come back; inside it, only those that were kept.
         middle = after("mid", layer, inner if _differ(inner, projected) else queries)
         mlp = after("around_mlp", layer, middle)
@@ -214,14 +259,16 @@ def _model(config: Costed, walk: _Walk, outer: bool) -> Number:
     return (config.outer_macs(walk.tokens) if outer else 0) + sum(layers)
 
 
-def _reductions(config: Costed, plan: Plan, walk: _Walk, layout: Layout) -> int:
-    """The reductions that act, and the evidence they read."""
-    total = sum(_evidence(config, ask, n, True) for ask, n in walk.stored)
+def _reductions(
+    config: Costed, plan: Plan, walk: _Walk, layout: Layout
+) -> Iterator[tuple[int | None, int]]:
+    """(layer, MACs) of the reductions that act, and of the evidence they read."""
+    for layer, ask, n in walk.stored:
+        yield layer, _evidence(config, ask, n, True)
     for site, reduction, n in walk.reductions:
         gates = plan.twin == "soft" and "soft" in reduction.twins
         if gates or not reduction.idle(n, layout.prefix):
-            total += _reduction(config, site, reduction, n, layout)
-    return total
+            yield site.layer, _reduction(config, site, reduction, n, layout)
 
 
 def _reduction(config: Costed, site: Site, reduction: Reduction, n: int, layout: Layout) -> int:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from tokred.methods import get_method, list_methods, make_plan
-from tokred.models import VLM, Decoder, DenseViT, DualEncoder, EncoderDecoder, ViT
+from tokred.models import VLM, Decoder
+from tokred.models.example import example
 from tokred.nn.skeleton import Skeleton, Weights, split_model
 from tokred.plan import Layout, Plan, Reduction, Site
 from tokred.report import Call
@@ -122,23 +122,3 @@ def _fit(model: Any, name: str) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         row |= {"fits": False, "why": str(error).split("\n")[0]}
     return row
-
-
-def example(model: Any, batch: int = 1) -> tuple[Any, ...]:
-    """Inputs of the right shapes: zeros."""
-    config = model.config
-    if isinstance(model, (ViT, DenseViT)):
-        return _images(getattr(config, "vision", config), batch)
-    if isinstance(model, DualEncoder):
-        text = jnp.zeros((batch, config.text.context), jnp.int32)
-        return (*_images(config.vision, batch), text)
-    if isinstance(model, VLM):
-        ids = jnp.full((batch, config.images + 1), config.image_id, jnp.int32).at[:, -1].set(0)
-        images = _images(config.vision, batch)[0][:, None]
-        return ids, jnp.repeat(images, config.images, axis=1)
-    ids = jnp.zeros((batch, config.context), jnp.int32)
-    return (ids, ids) if isinstance(model, EncoderDecoder) else (ids,)
-
-
-def _images(config: Any, batch: int) -> tuple[Any]:
-    return (jnp.zeros((batch, *config.image_size, config.channels)),)

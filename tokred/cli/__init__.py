@@ -1,0 +1,1 @@
+"""The commands of `python -m tokred`: a module each, which adds itself to the parser."""
