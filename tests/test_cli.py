@@ -14,7 +14,7 @@ from tokred.models.sizes import DECODERS
 SMALL = ["--model", "vit_ti16", "--image-size", "64", "--batch", "1", "--rounds", "1"]
 ROW = {
     "method", "macs", "macs_ratio", "ms", "ms_ratio", "ms_low", "ms_high", "compile_s",
-    "compile_ratio", "temp_bytes", "rounds", "conversion",
+    "compile_ratio", "temp_bytes", "rounds", "conversion", "attention",
 }  # fmt: skip
 DECODER_ROW = ROW | {"pass", "share", "cache_bytes", "used_bytes"}
 DECODER = ["--model", "lm_tiny", "--tokens", "16", "--batch", "1", "--rounds", "1"]

@@ -1,6 +1,7 @@
 """Evictions in a decoder: what stays, where it stands, and how much room it takes."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,19 @@ def test_pages_are_those_of_the_newest_key_too():
     close(cache.extra[0], low)
     close(cache.extra[1], high)
     assert cache.capacity == 20
+
+
+def test_the_page_being_filled_is_read_though_its_keys_are_small():
+    """20 slots, 18 in use: slots 16 and 17 are the newest page, whose keys promise nothing."""
+    cache, q = _run(quest(LAYOUT, page=4, dense=0), False).cache.layers[1], jnp.ones((B, 1, 4, 4))
+    small = replace(cache, k=cache.k.at[:, :, 16:].set(0.0))
+    look = Look(q, small.position[:, 0, 17:18], MODEL.blocks[1].weigh, layer=1, depth=2)
+    for newest in (True, False):
+        plan = quest(LAYOUT, budget=12, page=4, dense=0, newest=newest)
+        how = plan.steps[0][1]
+        read = how.read(how.settle(small), look)
+        assert read.k.shape[2] == 12
+        assert (read.position == 17).any(-1).all() == newest
 
 
 def test_what_does_not_fit_is_an_error():

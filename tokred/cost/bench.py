@@ -44,7 +44,8 @@ def bench(
     it from a share of the dense MACs; neither: each method's defaults.
     Row: method, macs (one image), macs_ratio, ms (median of a batch), ms_ratio, ms_low, ms_high,
     rounds, conversion (time saved / MACs saved), compile_s, compile_ratio, temp_bytes (see
-    `Compiled`); ms_pipelined where `Rounds.ahead` asks for it.
+    `Compiled`), attention (its implementations, or why not the one asked for); ms_pipelined where
+    `Rounds.ahead` asks for it.
 
     Raises:
       ValueError: an unknown method, or a budget out of its reach.
@@ -81,6 +82,7 @@ def time_rows(
             "rounds": times[name].rounds,
             "compile_s": candidate.cost.seconds,
             "temp_bytes": candidate.cost.temp_bytes,
+            "attention": [c.why or c.used for c in candidate.cost.choices if c.op == "attention"],
         }
         for name, candidate in candidates.items()
     }

@@ -6,13 +6,15 @@ Official code: mit-han-lab/Quest (MIT).
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from tokred.cache import CacheReduction, LayerCache, Look
 from tokred.cache.pages import choose_pages, page_bounds, pages_of, read_pages, score_pages
 from tokred.methods.registry import register
 from tokred.ops import gather, put
+from tokred.ops.attention import per_query_head
 from tokred.plan import Layout, Plan, Site
 
 
@@ -22,12 +24,15 @@ class Quest(CacheReduction):
     the greatest product, from layer `dense` on. Bounds of pages are kept with the cache, so that a
     step reads them and the chosen pages alone: time is saved, memory is not.
 
-    budget: entries that are read; a share is of the whole cache.
+    budget: entries that are read; a share is of the whole cache. newest: the page that is being
+    filled is always among them, as in the released kernels; in the released evaluation it is not,
+    and a query may then miss itself and what stands right before it.
     """
 
     budget: int | float = 0.2
     page: int = 16
     dense: int = 2
+    newest: bool = True
 
     def __post_init__(self) -> None:
         if self.budget <= 0 or self.page < 1:
@@ -67,10 +72,18 @@ class Quest(CacheReduction):
                 f"quest: {look.q.shape[1]} tokens at once would each read other pages; give it one "
                 "at a time behind the prompt."
             )
-        chosen = choose_pages(score_pages(look.q[:, 0], *cache.extra), count)
+        chosen = choose_pages(self._scores(cache, look), count)
         fetch = lambda x: read_pages(x, chosen, self.page)  # noqa: E731
         k, v, place = fetch(cache.k), fetch(cache.v), fetch(cache.position[..., None])[..., 0]
         return replace(cache, k=k, v=v, position=place, extra=None)
+
+    def _scores(self, cache: LayerCache, look: Look) -> Float[Array, "B H P"]:
+        scores = score_pages(look.q[:, 0], *cache.extra)
+        if not self.newest:
+            return scores
+        filling = per_query_head((cache.length - 1)[..., None] // self.page, scores, axis=-2)
+        page = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+        return jnp.where(page == filling, jnp.inf, scores)
 
 
 @register("quest", family="read", site="cache", paper="Quest 2024", golden=("kv/quest",))
@@ -81,10 +94,12 @@ def quest(
     budget: int | None = None,
     page: int = 16,
     dense: int = 2,
+    newest: bool = True,
 ) -> Plan:
     """Every query reads the pages of the cache that may matter most; nothing leaves.
 
     keep: share of the cache that is read; budget: number of entries instead. page: entries of one;
-    dense: so many layers at the start read all.
+    dense: so many layers at the start read all. newest: whether the page being filled always is.
     """
-    return Plan(((Site("cache"), Quest(budget or keep, page=page, dense=dense)),), name="quest")
+    how = Quest(budget or keep, page=page, dense=dense, newest=newest)
+    return Plan(((Site("cache"), how),), name="quest")

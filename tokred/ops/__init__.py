@@ -14,11 +14,13 @@ from tokred.ops.attention import (
     softmax,
     weighted_values,
 )
+from tokred.ops.dispatch import Choice, watch_choices
 from tokred.ops.gather import gather, put
 from tokred.ops.segment import segment_max, segment_sum
 from tokred.ops.topk import top_k
 
 __all__ = [
+    "Choice",
     "attention",
     "attention_column_mean",
     "attention_probs",
@@ -32,5 +34,6 @@ __all__ = [
     "segment_sum",
     "softmax",
     "top_k",
+    "watch_choices",
     "weighted_values",
 ]

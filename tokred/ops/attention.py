@@ -1,15 +1,24 @@
 """Attention, and the parts of its probabilities that scores ask for."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from tokred.ops.dispatch import choose
-
-NEGATIVE = -1e30  # finite: a query without any valid key stays finite
+from tokred.ops.dispatch import choose, note
+from tokred.ops.kernels import (
+    HOMES,
+    NEGATIVE,
+    Asked,
+    cudnn,
+    fastest,
+    joint_bias,
+    refusal,
+    splash,
+    xla,
+)
 
 
 def attention(
@@ -37,32 +46,45 @@ def attention(
     at nothing (softmax1). Policy, cap and sink take the plain path, which holds all probabilities.
     `scale` defaults to E^-0.5; scale, cap and sink are static.
 
-    Implementations: 'xla' (fused by the compiler), 'cudnn' (NVIDIA kernels), 'reference'.
+    Implementations: 'auto' (None: the fastest of the device that takes these arguments), 'xla'
+    (fused by the compiler), 'cudnn' (NVIDIA, half precision), 'splash' (TPU), 'reference'. Kernels
+    that take no bias per key get it in channels, see `carry_bias`; lengths and channels that they
+    want even or in tiles are padded inside. One that cannot take these arguments gives way to
+    'xla', with a warning, and `watch_choices` tells; one that the device lacks is an error.
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if policy is not None or cap is not None or sink:
         how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
         how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
+        note("attention", "reference", _plainly(implementation))
         probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
         return weighted_values(probs, v)
-    table = {
-        "xla": functools.partial(_fused, implementation="xla"),
-        "cudnn": functools.partial(_fused, implementation="cudnn"),
-        "reference": _reference,
-    }
-    joint = _joint_bias(key_bias(bias, valid), pair_bias)
-    return choose("attention", implementation, table, "xla")(
-        q, k, v, joint, mask, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    asked = Asked(q, k, v, key_bias(bias, valid), pair_bias, mask, scale)
+    return _kernel(implementation, asked)(asked)
 
 
-def _joint_bias(
-    per_key: Float[Array, "*B M"] | None, per_pair: Float[Array, "*#B H N M"] | None
-) -> Float[Array, "*#B #H #N M"] | None:
-    if per_key is None:
-        return per_pair
-    per_key = per_key[..., None, None, :]
-    return per_key if per_pair is None else per_pair + per_key
+def _plainly(asked_for: str | None) -> str:
+    if asked_for in (None, AUTO, "reference"):
+        return ""
+    return f"implementation={asked_for!r} takes no policy, cap or sink"
+
+
+def _kernel(asked_for: str | None, asked: Asked) -> Callable[[Asked], Array]:
+    """The implementation of that name, or XLA's where this device or these arguments forbid it."""
+    platform, used, why = jax.default_backend(), asked_for or AUTO, ""
+    if used == AUTO:
+        used = fastest(asked, platform)
+    found = choose("attention", used, KERNELS, "xla")
+    if HOMES.get(used, platform) != platform:
+        raise ValueError(
+            f"ops.attention: implementation={used!r} needs a {HOMES[used]}, this is a {platform}; "
+            "use 'auto'."
+        )
+    if lacks := refusal(used, asked):
+        used, why, found = "xla", f"implementation={used!r}: {lacks}", xla
+    note("attention", used, why)
+    return found
 
 
 def position_mask(
@@ -154,26 +176,13 @@ def key_bias(
     return hidden if bias is None else jnp.where(valid, bias.astype(jnp.float32), NEGATIVE)
 
 
-def _fused(
-    q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float, implementation: str
-) -> Array:
-    fused: Any = jax.nn.dot_product_attention  # its overloads do not know a name at run time
-
-    def run(q: Array, k: Array, v: Array, bias: Any, mask: Any) -> Array:
-        return fused(q, k, v, bias, mask, scale=scale, implementation=implementation)
-
-    if bias is not None and implementation == "cudnn":
-        bias = bias.astype(q.dtype)
-    args = (q, k, v, bias, None if mask is None else mask[..., None, :, :])
-    if q.ndim == 3:
-        return jax.tree.map(lambda y: y[0], run(*jax.tree.map(lambda a: a[None], args)))
-    for _ in range(q.ndim - 4):
-        run = jax.vmap(run)
-    return run(*args)
+def _reference(asked: Asked) -> Float[Array, "*B N H E"]:
+    how = {"bias": asked.bias, "pair_bias": asked.pair_bias, "mask": asked.mask}
+    return weighted_values(attention_probs(asked.q, asked.k, scale=asked.scale, **how), asked.v)
 
 
-def _reference(q: Array, k: Array, v: Array, bias: Any, mask: Any, scale: float) -> Array:
-    return weighted_values(attention_probs(q, k, pair_bias=bias, mask=mask, scale=scale), v)
+AUTO = "auto"
+KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash, "reference": _reference}
 
 
 def attention_probs(
@@ -197,7 +206,7 @@ def attention_probs(
     k = per_query_head(k, q, axis=-2)
     logits = jnp.einsum("...nhe,...mhe->...hnm", q, k, preferred_element_type=jnp.float32)
     logits = _capped(logits * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
-    joint = _joint_bias(key_bias(bias, valid), pair_bias)
+    joint = joint_bias(key_bias(bias, valid), pair_bias)
     if joint is not None:
         logits = logits + joint
     if mask is not None:

@@ -1,6 +1,44 @@
-"""Choice of an implementation by name."""
+"""Choice of an implementation by name, and a list of what was chosen."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+
+class Choice(NamedTuple):
+    """used: the implementation of `op` that a program got. why: it is not the one asked for."""
+
+    op: str
+    used: str
+    why: str = ""
+
+
+_CHOICES: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "choices", default=None
+)
+
+
+@contextlib.contextmanager
+def watch_choices() -> Iterator[list[Choice]]:
+    """A list that gets every choice made while a program is traced."""
+    found: list[Choice] = []
+    token = _CHOICES.set(found)
+    try:
+        yield found
+    finally:
+        _CHOICES.reset(token)
+
+
+def note(op: str, used: str, why: str = "") -> None:
+    """Tells what was chosen. why: the name that was asked for, and what it lacks; warned of, once
+    for each."""
+    found = _CHOICES.get()
+    if found is not None:
+        found.append(Choice(op, used, why))
+    if why:
+        warnings.warn(f"ops.{op}: {why}; {used!r} is used instead.", stacklevel=3)
 
 
 def choose(op: str, name: str | None, table: Mapping[str, Callable], default: str) -> Callable:

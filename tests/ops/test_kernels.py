@@ -1,0 +1,136 @@
+"""Kernels without a bias per key get it in channels; what they cannot take is told."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokred.ops import attention, position_mask, watch_choices
+from tokred.ops.carry import carry_bias
+from tokred.ops.kernels import Asked, cudnn, fastest, refusal, splash, xla
+
+B, N, M, H, G, E = 2, 5, 7, 4, 2, 12
+ORDER = jnp.arange(7.0)[None, :, None]
+
+
+def inputs(dtype=jnp.float32, n=N, m=M):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((B, n, H, E), (B, m, G, E), (B, m, G, E))
+    q, k, v = (jax.random.normal(key, s, dtype) for key, s in zip(keys[:3], shapes, strict=True))
+    bias = jnp.tile(jnp.log1p(jnp.arange(1.0, m + 1)), (B, 1))
+    return q, k, v, bias
+
+
+def as_xla(check=None):
+    """XLA's attention where cuDNN's would run, with a look at what it gets."""
+
+    def run(asked: Asked):
+        if check is not None:
+            check(asked)
+        return xla(asked)
+
+    return functools.partial(cudnn, fused=run)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-3)])
+def test_products_of_longer_heads_hold_the_bias(dtype, error):
+    q, k, _, bias = inputs(dtype)
+    a, b = carry_bias(q, k, bias, scale=0.3)
+    assert a.shape[-1] == b.shape[-1] == 16
+    logits = lambda q, k: jnp.einsum(  # noqa: E731
+        "bnhe,bmhe->bhnm", q, jnp.repeat(k, 2, 2), preferred_element_type=jnp.float32
+    )
+    wanted = 0.3 * logits(q, k) + bias[:, None, None]
+    np.testing.assert_allclose(0.3 * logits(a, b), wanted, rtol=0, atol=error)
+
+
+def test_a_second_channel_halves_what_the_first_misses():
+    q, k, v, bias = (x.astype(jnp.bfloat16) for x in inputs(m=64))
+    exact = xla(Asked(*(x.astype(jnp.float32) for x in (q, k, v)), bias + 3.0, None, None, 0.3))
+    carried = as_xla()(Asked(q, k, v, bias + 3.0, None, None, 0.3))
+    assert carried.dtype == jnp.bfloat16
+    np.testing.assert_allclose(carried.astype(jnp.float32), exact, atol=1e-2)
+
+
+@pytest.mark.parametrize("what", ["nothing", "bias", "mask", "pair_bias", "all"])
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_what_kernels_are_given_is_what_was_asked(kernel, what):
+    q, k, v, bias = inputs()
+    order = jnp.broadcast_to(ORDER, (B, M, 1))
+    mask = position_mask(order[:, 2:7], order)
+    pairs = jax.random.normal(jax.random.key(9), (B, H, N, M))
+    asked = Asked(
+        q, k, v,
+        bias if what in ("bias", "all") else None,
+        pairs if what in ("pair_bias", "all") else None,
+        mask if what in ("mask", "all") else None,
+        0.3,
+    )  # fmt: skip
+    if kernel == "splash":
+        if what not in ("nothing", "bias"):
+            assert "no mask or bias" in refusal("splash", asked)
+            return
+        found = splash(asked, interpret=True)
+    else:
+
+        def even(asked: Asked):
+            assert asked.bias is None
+            if asked.pair_bias is not None or asked.mask is not None:
+                assert asked.q.shape[1] % 2 == asked.k.shape[1] % 2 == 0
+            else:
+                assert asked.q.shape[-1] % 8 == 0
+
+        found = as_xla(even)(asked)
+    np.testing.assert_allclose(found, xla(asked), atol=2e-5)
+
+
+def test_gradients_pass_through_channels():
+    q, k, v, bias = inputs()
+
+    def loss(run, *args):
+        return jnp.sin(run(Asked(*args, None, None, 0.3))).sum()
+
+    every = (0, 1, 2, 3)
+    wanted = jax.grad(functools.partial(loss, xla), every)(q, k, v, bias)
+    found = jax.grad(functools.partial(loss, as_xla()), every)(q, k, v, bias)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_keys_that_are_not_valid_stay_unseen_in_channels():
+    q, k, v, bias = inputs(jnp.bfloat16)
+    hidden = bias.at[:, 4:].set(-1e30)
+    seen = as_xla()(Asked(q, k, v, hidden, None, None, 0.3))
+    fewer = as_xla()(Asked(q, k[:, :4], v[:, :4], bias[:, :4], None, None, 0.3))
+    np.testing.assert_allclose(seen.astype(float), fewer.astype(float), atol=1e-2)
+
+
+def test_the_fastest_kernel_of_a_platform_that_takes_it():
+    full, half = (Asked(*inputs(t), None, None, 0.3) for t in (jnp.float32, jnp.bfloat16))
+    wide = half._replace(q=jnp.zeros((B, N, H, 128), jnp.bfloat16))
+    assert [fastest(full, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
+    assert [fastest(half, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
+    assert fastest(wide, "gpu") == "xla"
+
+
+def test_what_gives_way_is_warned_of_and_told():
+    q, k, v, _ = inputs()
+    policy = jnp.ones((B, N))
+    with watch_choices() as found, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attention(q, k, v)
+        attention(q, k[:, :N], v[:, :N], policy=policy)
+        attention(q, k[:, :N], v[:, :N], policy=policy, implementation="xla")
+    assert [choice.used for choice in found] == ["xla", "reference", "reference"]
+    assert [bool(choice.why) for choice in found] == [False, False, True]
+    assert len(told) == 1 and "takes no policy" in str(told[0].message)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_kernel_that_the_device_lacks_is_an_error(name):
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=f"implementation='{name}' needs a .pu, this is a cpu"):
+        attention(q, k, v, implementation=name)

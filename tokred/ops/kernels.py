@@ -1,0 +1,130 @@
+"""Fused attention kernels behind one signature, and what each of them can take."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from tokred.ops.carry import LARGE, carry_bias, pad_to
+
+HOMES = {"cudnn": "gpu", "splash": "tpu"}  # the only platforms of kernels
+HALF = (jnp.bfloat16, jnp.float16)
+WIDEST = 128  # channels of a head that cuDNN takes on all devices
+TILE = 128  # of splash attention: tokens and channels
+NEGATIVE = -1e30  # finite: a query without any valid key stays finite
+
+
+class Asked(NamedTuple):
+    """Of attention: `bias` per key, `pair_bias` per query and key, `mask` per query and key."""
+
+    q: Float[Array, "*B N H E"]
+    k: Float[Array, "*B M G E"]
+    v: Float[Array, "*B M G E"]
+    bias: Float[Array, "*B M"] | None
+    pair_bias: Float[Array, "*#B #H #N M"] | None
+    mask: Bool[Array, "*#B N M"] | None
+    scale: float
+
+
+def refusal(name: str, asked: Asked) -> str:
+    """Why a kernel cannot take this, '' if it can."""
+    width, pairs = asked.q.shape[-1], asked.mask is not None or asked.pair_bias is not None
+    if name == "splash" and pairs:
+        return "it takes no mask or bias by query and key"
+    if name == "cudnn":
+        if asked.q.dtype not in HALF:
+            return f"it takes bfloat16 and float16, not {asked.q.dtype}"
+        carried = width + 2 if asked.bias is not None and not pairs else width
+        if carried > WIDEST or (pairs and width % 8):
+            return f"heads of {width} channels do not fit"
+    return ""
+
+
+def fastest(asked: Asked, platform: str) -> str:
+    """The kernel that suits a platform ('cpu', 'gpu', 'tpu') best among those that can take
+    this."""
+    best = next((name for name, home in HOMES.items() if home == platform), "xla")
+    return "xla" if refusal(best, asked) else best
+
+
+def xla(asked: Asked) -> Float[Array, "*B N H E"]:
+    """What XLA fuses of it."""
+    return _fused(asked, "xla")
+
+
+def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
+    """cuDNN's kernel, which takes no bias per key, and pairs of even lengths alone."""
+    fused = fused or functools.partial(_fused, implementation="cudnn")
+    n, width = asked.q.shape[-3], asked.q.shape[-1]
+    if asked.mask is None and asked.pair_bias is None:
+        return fused(_carried(asked, 8))[..., :width]
+    even = functools.partial(pad_to, multiple=2)
+    bias = joint_bias(asked.bias, asked.pair_bias)
+    if bias is not None:
+        full = (*asked.q.shape[:-3], asked.q.shape[-2], n, asked.k.shape[-3])
+        bias = even(jnp.broadcast_to(bias, full).astype(asked.q.dtype), axis=-2)
+        bias = even(bias, axis=-1, value=-LARGE)
+    mask = asked.mask
+    if mask is None and asked.k.shape[-3] % 2:
+        mask = jnp.ones((*asked.q.shape[:-3], n, asked.k.shape[-3]), bool)
+    if mask is not None:  # a query that is padding sees the first keys
+        mask = even(even(mask, axis=-1), axis=-2, value=True)
+    q, k, v = (even(x, axis=-3) for x in asked[:3])
+    return fused(Asked(q, k, v, None, bias, mask, asked.scale))[..., :n, :, :]
+
+
+def splash(asked: Asked, interpret: bool = False) -> Array:
+    """Splash attention, in tiles of 128 tokens and channels."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, m, heads, width = asked.q.shape[-3], asked.k.shape[-3], *asked.q.shape[-2:]
+    bias = jnp.zeros((*asked.k.shape[:-3], m)) if asked.bias is None else asked.bias
+    fill = functools.partial(pad_to, multiple=TILE)
+    k, v = fill(asked.k, axis=-3), fill(asked.v, axis=-3)
+    scaled = (asked.q * asked.scale).astype(asked.q.dtype)
+    bias = fill(bias, axis=-1, value=-LARGE)
+    whole = _carried(Asked(fill(scaled, axis=-3), k, v, bias, None, None, 1.0), TILE)
+    seen = masks.MultiHeadMask([masks.FullMask((whole.q.shape[-3], k.shape[-3]))] * heads)
+    run = kernel.make_splash_mha_single_device(seen, interpret=interpret)
+    for _ in range(asked.q.ndim - 3):
+        run = jax.vmap(run)
+    y = run(*(jnp.swapaxes(x, -3, -2) for x in whole[:3]))
+    return jnp.swapaxes(y, -3, -2)[..., :n, :, :width]
+
+
+def _carried(asked: Asked, multiple: int) -> Asked:
+    """The same with the bias per key in channels; values are as wide."""
+    q, k = asked.q, asked.k
+    if asked.bias is None:
+        q, k = (pad_to(x, multiple, -1) for x in (q, k))
+    else:
+        q, k = carry_bias(q, k, asked.bias, asked.scale, multiple)
+    return asked._replace(q=q, k=k, v=pad_to(asked.v, q.shape[-1], -1), bias=None)
+
+
+def joint_bias(
+    per_key: Float[Array, "*B M"] | None, per_pair: Float[Array, "*#B #H #N M"] | None
+) -> Float[Array, "*#B #H #N M"] | None:
+    if per_key is None:
+        return per_pair
+    per_key = per_key[..., None, None, :]
+    return per_key if per_pair is None else per_pair + per_key
+
+
+def _fused(asked: Asked, implementation: str) -> Array:
+    fused: Any = jax.nn.dot_product_attention  # its overloads do not know a name at run time
+
+    def run(q: Array, k: Array, v: Array, bias: Any, mask: Any) -> Array:
+        return fused(q, k, v, bias, mask, scale=asked.scale, implementation=implementation)
+
+    mask = None if asked.mask is None else asked.mask[..., None, :, :]
+    args = (*asked[:3], joint_bias(asked.bias, asked.pair_bias), mask)
+    if asked.q.ndim == 3:
+        return jax.tree.map(lambda y: y[0], run(*jax.tree.map(lambda a: a[None], args)))
+    for _ in range(asked.q.ndim - 4):
+        run = jax.vmap(run)
+    return run(*args)
