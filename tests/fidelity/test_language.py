@@ -26,7 +26,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def rows(model: Any) -> dict:
-    names = ["knorm", "snapkv", "kivi"]
+    names = ["knorm", "snapkv", "kivi", "zipcache"]
     how = {"steps": STEPS, "rounds": 1}
     found = compare_caches(model, TEXTS, [NEEDLES], names, [1.0, 0.5], **how)
     return {(row["method"], row["budget"]): row for row in found}
@@ -50,7 +50,8 @@ def test_half_a_cache_is_half_the_bytes(rows: dict):
 def test_what_is_out_of_reach_says_so(rows: dict):
     row = rows["snapkv", 0.5]
     assert "must exceed the 32 entries" in row["why"] and row["perplexity"] is None
-    assert "no groups of 32" in rows["kivi", None]["why"]
+    assert "no groups of 32" in rows["kivi", 0.5]["why"]
+    assert "between 2 and 8 bits" in rows["zipcache", 1.0]["why"]
 
 
 def test_scored_with_the_cache_as_without(model: Any):

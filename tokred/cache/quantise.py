@@ -18,6 +18,25 @@ def _check_bits(bits: int) -> None:
         raise ValueError(f"quantise: bits={bits} must be one of {BITS}; change bits.")
 
 
+def bits_within(keep: float) -> int:
+    """The most bits, 2 to 8, that are at most the share `keep` of 16. Raises ValueError for a share
+    below an eighth."""
+    fit = [bits for bits in BITS if 2 <= bits <= 16 * keep]
+    if not fit:
+        raise ValueError(f"keep={keep} of 16 bits is less than 2; raise keep to 0.125.")
+    return fit[-1]
+
+
+def mixed_bits(keep: float) -> tuple[int, int, float]:
+    """(high, low, share): the share of entries in `high` bits, others in `low`, with which a mean
+    entry has the share `keep` of 16 bits. Raises ValueError for a share outside (1/8, 1/2)."""
+    wanted = 16 * keep
+    if not 2 < wanted < 8:
+        raise ValueError(f"keep={keep} of 16 bits must lie between 2 and 8 bits; change keep.")
+    low = 2 if wanted <= 4 else 4
+    return 2 * low, low, min((wanted - low) / low, 0.99)
+
+
 def quantise_rows(
     x: Float[Array, "*B N"], bits: int
 ) -> tuple[Int[Array, "*B N"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:

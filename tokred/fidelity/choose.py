@@ -81,7 +81,10 @@ def at_share(layout: Layout, name: str, budget: float) -> Candidate:
     """The method with `keep` at the budget; without a budget of its own as it is."""
     if "keep" not in get_method(name).options:
         return Candidate(name, None, make_plan(name, layout))
-    return Candidate(name, budget, make_plan(name, layout, keep=budget))
+    try:
+        return Candidate(name, budget, make_plan(name, layout, keep=budget))
+    except ValueError as error:
+        return Candidate(name, budget, None, str(error))
 
 
 def candidates(

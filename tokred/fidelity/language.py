@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tokred.cache import KVCache
-from tokred.fidelity.choose import DENSE, Candidate, at_share, candidates, choose_methods
+from tokred.fidelity.choose import Candidate, at_share, candidates, choose_methods
 from tokred.fidelity.prompts import Prompts, keep, kept_bytes, read_prompts
 from tokred.fidelity.times import timed
 from tokred.models import Decoder
@@ -147,7 +147,10 @@ def compare_caches(
     seen: dict[Candidate, Row] = {}
     programs, greedy = {}, np.full(more.shape, GREEDY)
     for candidate in found:
-        reader = Reader(model, candidate.plan or DENSE, steps)
+        if candidate.plan is None:
+            seen[candidate] = {"why": candidate.why}
+            continue
+        reader = Reader(model, candidate.plan, steps)
         try:
             state = reader.keep(prompts)
         except ValueError as error:  # fewer entries than the method always keeps

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from tokred.cache import CacheReduction, LayerCache, Look
-from tokred.cache.quantise import BITS, Quantised, quantise
+from tokred.cache.quantise import BITS, Quantised, bits_within, quantise
 from tokred.methods.registry import register
 from tokred.ops import gather, put
 from tokred.plan import Layout, Plan, Site
@@ -119,10 +119,18 @@ def _put_block(x: Quantised, block: Quantised, number: Int[Array, "B G"]) -> Qua
 
 
 @register("kivi", family="quantise", site="cache", paper="KIVI 2024", golden=("kv/kivi",))
-def kivi(layout: Layout, *, bits: int = 2, group: int = 32, residual: int = 128) -> Plan:
+def kivi(
+    layout: Layout,
+    *,
+    keep: float | None = None,
+    bits: int = 2,
+    group: int = 32,
+    residual: int = 128,
+) -> Plan:
     """Cache entries in few bits, but for the latest.
 
-    Options: see `KIVI`.
+    keep: of 16 bits; codes take the most bits within it. Other options: see `KIVI`.
     """
+    bits = bits if keep is None else bits_within(keep)
     how = KIVI(bits=bits, group=group, residual=residual)
     return Plan(((Site("cache"), how),), name="kivi")

@@ -23,6 +23,7 @@ from tokred.cache import (
     quantise_scaled,
     score_by_received,
 )
+from tokred.cache.quantise import mixed_bits
 from tokred.maps import Keep
 from tokred.methods.registry import register
 from tokred.ops import gather, put
@@ -200,6 +201,7 @@ def _put(part: Entries, more: Entries, flushes: int) -> Entries:
 def zipcache(
     layout: Layout,
     *,
+    keep: float | None = None,
     salient: float = 0.6,
     high: int = 4,
     low: int = 2,
@@ -208,7 +210,10 @@ def zipcache(
 ) -> Plan:
     """Cache entries that are looked at in more bits than the others.
 
-    Options: see `ZipCache`.
+    keep: of 16 bits, for a mean entry; it sets salient, high and low, which are those of 0.2
+    otherwise. Other options: see `ZipCache`.
     """
+    if keep is not None:
+        high, low, salient = mixed_bits(keep)
     how = ZipCache(salient=salient, high=high, low=low, probes=probes, gap=gap)
     return Plan(((Site("cache"), how),), name="zipcache")
