@@ -16,7 +16,14 @@ CLUSTERS = (
         hard={**LAST, "weight": "score", "neighbours": 3},
         merges=True,
     ),
-    Row("k_medoids", left=6, easy={"keep": 0.7}, hard={**LAST, "weighted": False}, merges=True),
+    Row(
+        "k_medoids",
+        left=6,
+        easy={"keep": 0.7},
+        hard={**LAST, "weighted": False},
+        merges=True,
+        slow=True,
+    ),
     Row(
         "expedit",
         left=16,

@@ -106,6 +106,7 @@ VISION = (
         but_one={"r": 1, "layers": (1,), "ahead": 0},
         padding=lambda layout: MCTF(5, least=0),
         merges=True,
+        slow=True,
     ),
     Row(
         "pitome",
@@ -122,6 +123,7 @@ VISION = (
         easy={"keep": 0.5},
         hard={"keep": 0.3, "layers": (0, 3), "split": "alternate"},
         padding=lambda layout: ZeroTPrune(8, 4),
+        slow=True,
     ),
     Row(
         "dynamicvit",
@@ -139,8 +141,15 @@ VISION = (
         easy={"keep": 0.4},
         hard={"keep": 0.4, "rule": "paper", "samples": 12, "layers": (1, 3)},
         padding=lambda layout: ATS(8, quantiles_of("official", 8)),
+        slow=True,
     ),
-    Row("tokencut", left=6, easy={"keep": 0.7}, hard={**LAST, "weighted": True, "tau": 0.0}),
+    Row(
+        "tokencut",
+        left=6,
+        easy={"keep": 0.7},
+        hard={**LAST, "weighted": True, "tau": 0.0},
+        slow=True,
+    ),
     Row(
         "clca",
         left=9,
@@ -148,6 +157,7 @@ VISION = (
         hard={"keep": 0.4, "layers": (1, 3), "own": 2, "last": False},
         padding=lambda layout: AddTokens(2),
         learned=True,
+        slow=True,
         trains="packed",
         merges=True,
         exempt={
