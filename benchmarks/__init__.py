@@ -1,0 +1,1 @@
+"""Measurements beside other people's software; not part of the installed package."""
