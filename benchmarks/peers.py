@@ -111,9 +111,7 @@ def compare(
         f, state = forward(model, plan)
         run = compile_cost(f, state, images, key).run
         ours[name] = lambda run=run, state=state: run(state, images, key)
-    theirs: dict[str, list[float]] = {
-        f"{n}/{way}": [] for n in plans for way in WAYS
-    }
+    theirs: dict[str, list[float]] = {f"{n}/{way}": [] for n in plans for way in WAYS}
     calls: dict[str, Callable[[], Any]] = dict(ours)
     calls |= {name: lambda name=name: theirs[name].append(peer(name)) for name in theirs}
     times = time_rounds(calls, Rounds(rounds))

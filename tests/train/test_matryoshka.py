@@ -35,11 +35,12 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
 
 
 @pytest.mark.slow
-def test_a_study_writes_rows_for_every_length(tmp_path: Path):
-    matryoshka.main([
+def test_a_study_writes_rows_for_every_length(tmp_path: Path, monkeypatch):
+    command = [
         f"--config={RECIPE}", f"--start={START}", f"--workdir={tmp_path}", "--seeds=0",
         "--lengths=1,4", "--baselines=uniform", *(f"--config.{change}" for change in QUIET),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    matryoshka.main(command)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     asked = [(row["model"], row["tokens"]) for row in rows]
     assert asked == [
@@ -48,3 +49,7 @@ def test_a_study_writes_rows_for_every_length(tmp_path: Path):
     ]  # fmt: skip
     assert all(0 <= row["exact"] <= 1 for row in rows)
     assert (tmp_path / "lengths.png").exists()
+    monkeypatch.delattr(matryoshka, "train")  # what is finished needs no training
+    (tmp_path / "results.json").unlink()
+    matryoshka.main(command)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows

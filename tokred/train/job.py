@@ -21,6 +21,7 @@ from tokred.train.log import LogError, RunLog
 from tokred.train.loop import Around, Place, Save, run_stage
 from tokred.train.mesh import check_batch
 from tokred.train.processes import Preemption, flat_fields, is_main, require_same_config
+from tokred.train.programs import keep_programs
 from tokred.train.setup import Setup, learned_plan, make_setup, restore_setup
 from tokred.train.start import starting_weights
 from tokred.train.state import State, result
@@ -58,9 +59,10 @@ def run_job(
     """Trains in `workdir`, or goes on from the last checkpoint there, and evaluates.
 
     Writes checkpoints/, metrics.jsonl, profile.json, results.json, pareto.png and tokens.png;
-    returns the rows of results.json: see `evaluate.make_rows`. allow_changes: go on although the
-    config differs from that of the checkpoint. profile: write a trace of some steps to
-    profile/. Every process of the job calls this with the same arguments.
+    returns the rows of results.json: see `evaluate.make_rows`. Programs are kept, see
+    `keep_programs`. allow_changes: go on although the config differs from that of the checkpoint.
+    profile: write a trace of some steps to profile/. Every process of the job calls this with the
+    same arguments.
 
     Raises:
       ValueError: a config that does not fit, or a workdir with a run of another config.
@@ -69,6 +71,7 @@ def run_job(
     require_same_config(to_json(config))
     require_writable(workdir)
     setup = make_setup(config)
+    keep_programs(setup.mesh)
     check_batch(setup.mesh, config.data.batch, config.optimizer.accumulate)
     check_budget(setup)
     inputs = make_inputs(config, setup.model, setup.mesh)
@@ -266,6 +269,7 @@ def require_same(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
 def evaluate_job(workdir: Path, **choice: Any) -> list[Row]:
     """Rows from the checkpoint alone, written to `workdir`/eval.json; choice: of `choose_plans`."""
     setup, weights = restore_setup(workdir)
+    keep_programs(setup.mesh)
     inputs = make_inputs(setup.config, setup.model, setup.mesh)
     rows = make_rows(setup, weights, inputs, choose_plans(setup, weights.params, **choice))
     if is_main():

@@ -8,7 +8,7 @@ step, queries of one fixed length for each of --lengths, and average pooling, un
 tokens whose number is drawn likewise; answers with every length. Beside them a connector of one
 token that is told the question (QueCC), and the same without it. Writes DIR/results.json and
 DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds. A run that
-is finished is only evaluated again.
+is finished is not repeated.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from tokred import viz
 from tokred.methods import make_plan
 from tokred.train.cli import Arguments, run
-from tokred.train.config import Config, load_config
+from tokred.train.config import Config, load_config, to_json
 from tokred.train.evaluate import macs_ratio, make_evaluator
 from tokred.train.inputs import make_inputs
 from tokred.train.job import train
@@ -92,7 +92,12 @@ def models(
 
 
 def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, Any]]) -> list[Row]:
-    """Trains, or goes on, and evaluates with each of the options."""
+    """Trains, or goes on, and evaluates with each of the options; kept in answers.json, which is
+    read again as long as nothing has changed."""
+    told = json.loads(json.dumps({"config": to_json(config), "asked": list(asked)}))
+    path = workdir / "answers.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["of"] == told:
+        return kept["rows"]
     setup = make_setup(config)
     inputs = make_inputs(config, setup.model, setup.mesh)
     weights = train(setup, inputs, workdir)
@@ -104,6 +109,7 @@ def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, A
         row["line"] = "a model for each" if name.startswith(ONLY) else name
         row |= make_evaluator(setup, inputs, plan)(weights)
         rows.append({**row, "macs_ratio": macs_ratio(setup, plan)})
+    path.write_text(json.dumps({"of": told, "rows": rows}) + "\n")
     return rows
 
 
