@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from tokred.ops import attention, position_mask, watch_choices
 from tokred.ops.carry import carry_bias
@@ -111,9 +113,12 @@ def test_keys_that_are_not_valid_stay_unseen_in_channels():
 def test_the_fastest_kernel_of_a_platform_that_takes_it():
     full, half = (Asked(*inputs(t), None, None, 0.3) for t in (jnp.float32, jnp.bfloat16))
     wide = half._replace(q=jnp.zeros((B, N, H, 128), jnp.bfloat16))
-    assert [fastest(full, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
-    assert [fastest(half, p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
-    assert fastest(wide, "gpu") == "xla"
+    assert "more" in refusal("splash", half)  # the tests' precision
+    with jax.default_matmul_precision("default"):
+        assert [fastest(half, "tpu", n) for n in (1, 8)] == ["splash", "xla"]
+    assert [fastest(full, p, 1) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
+    assert [fastest(half, p, 1) for p in ("cpu", "gpu")] == ["xla", "cudnn"]
+    assert fastest(wide, "gpu", 1) == "xla"
 
 
 def test_what_gives_way_is_warned_of_and_told():
@@ -134,3 +139,24 @@ def test_a_kernel_that_the_device_lacks_is_an_error(name):
     q, k, v, _ = inputs()
     with pytest.raises(ValueError, match=f"implementation='{name}' needs a .pu, this is a cpu"):
         attention(q, k, v, implementation=name)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("tokens", "heads", "groups", "width"), [(197, 6, 6, 64), (512, 8, 2, 128)]
+)
+def test_splash_compiles_for_a_tpu(tokens, heads, groups, width):
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    one = SingleDeviceSharding(topology.devices[0])
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=one)
+
+    def loss(q, k, v, bias):
+        return splash(Asked(q, k, v, bias, None, None, 0.125)).astype(jnp.float32).sum()
+
+    kv = shape(2, tokens, groups, width)
+    args = shape(2, tokens, heads, width), kv, kv, shape(2, tokens, dtype=jnp.float32)
+    with jax.default_matmul_precision("default"):
+        step = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*args).compile()
+    assert step.as_text().count("tpu_custom_call") >= 3  # forward, queries, keys and values

@@ -47,10 +47,10 @@ def attention(
     `scale` defaults to E^-0.5; scale, cap and sink are static.
 
     Implementations: 'auto' (None: the fastest of the device that takes these arguments), 'xla'
-    (fused by the compiler), 'cudnn' (NVIDIA, half precision), 'splash' (TPU), 'reference'. Kernels
-    that take no bias per key get it in channels, see `carry_bias`; lengths and channels that they
-    want even or in tiles are padded inside. One that cannot take these arguments gives way to
-    'xla', with a warning, and `watch_choices` tells; one that the device lacks is an error.
+    (fused by the compiler), 'cudnn' (NVIDIA, half precision), 'splash' (one TPU), 'reference'.
+    Kernels that take no bias per key get it in channels, see `carry_bias`; lengths and channels
+    that they want even or in tiles are padded inside. One that cannot take these arguments gives
+    way to 'xla', with a warning, and `watch_choices` tells; one that the device lacks is an error.
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -74,7 +74,7 @@ def _kernel(asked_for: str | None, asked: Asked) -> Callable[[Asked], Array]:
     """The implementation of that name, or XLA's where this device or these arguments forbid it."""
     platform, used, why = jax.default_backend(), asked_for or AUTO, ""
     if used == AUTO:
-        used = fastest(asked, platform)
+        used = fastest(asked, platform, jax.device_count())
     found = choose("attention", used, KERNELS, "xla")
     if HOMES.get(used, platform) != platform:
         raise ValueError(

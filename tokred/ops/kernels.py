@@ -34,6 +34,9 @@ def refusal(name: str, asked: Asked) -> str:
     width, pairs = asked.q.shape[-1], asked.mask is not None or asked.pair_bias is not None
     if name == "splash" and pairs:
         return "it takes no mask or bias by query and key"
+    precise = jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16")
+    if name == "splash" and precise and asked.q.dtype in HALF:
+        return f"{asked.q.dtype} does not go with jax_default_matmul_precision of more"
     if name == "cudnn":
         if asked.q.dtype not in HALF:
             return f"it takes bfloat16 and float16, not {asked.q.dtype}"
@@ -43,11 +46,12 @@ def refusal(name: str, asked: Asked) -> str:
     return ""
 
 
-def fastest(asked: Asked, platform: str) -> str:
-    """The kernel that suits a platform ('cpu', 'gpu', 'tpu') best among those that can take
-    this."""
+def fastest(asked: Asked, platform: str, devices: int) -> str:
+    """The kernel that suits a platform ('cpu', 'gpu', 'tpu') best among those that can take this.
+    On several TPUs XLA's: the compiler does not split splash attention among devices."""
     best = next((name for name, home in HOMES.items() if home == platform), "xla")
-    return "xla" if refusal(best, asked) else best
+    split = best == "splash" and devices > 1
+    return "xla" if split or refusal(best, asked) else best
 
 
 def xla(asked: Asked) -> Float[Array, "*B N H E"]:
@@ -77,7 +81,7 @@ def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
 
 
 def splash(asked: Asked, interpret: bool = False) -> Array:
-    """Splash attention, in tiles of 128 tokens and channels."""
+    """Splash attention, in tiles of 128 tokens and channels; on one device, or within shard_map."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
