@@ -106,7 +106,8 @@ def main() -> None:
     with torch.inference_mode():
         found = programs(spec)
         for run in found.values():
-            run(), run()
+            run()
+            run()
         print(json.dumps({"torch": torch.__version__, "transformers": tf.__version__}), flush=True)
         for line in sys.stdin:
             start = time.perf_counter()

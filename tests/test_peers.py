@@ -44,8 +44,7 @@ def test_methods_without_a_peer_are_named(capsys):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_torch_side_computes_the_same(method: str):
     side = pytest.importorskip("benchmarks.torch_vit", reason="needs torch and transformers")
-    import torch
-
+    torch = side.torch
     model = side.tf.ViTForImageClassification.from_pretrained(FROZEN).eval()
     loaded = tokred.load(FROZEN)
     config = loaded.model.config

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def test_the_page_being_filled_is_read_though_its_keys_are_small():
     look = Look(q, small.position[:, 0, 17:18], MODEL.blocks[1].weigh, layer=1, depth=2)
     for newest in (True, False):
         plan = quest(LAYOUT, budget=12, page=4, dense=0, newest=newest)
-        how = plan.steps[0][1]
+        how: Any = plan.steps[0][1]
         read = how.read(how.settle(small), look)
         assert read.k.shape[2] == 12
         assert (read.position == 17).any(-1).all() == newest

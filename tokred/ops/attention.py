@@ -53,14 +53,14 @@ def attention(
     way to 'xla', with a warning, and `watch_choices` tells; one that the device lacks is an error.
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if policy is not None or cap is not None or sink:
         how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
         how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
         note("attention", "reference", _plainly(implementation))
         probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
         return weighted_values(probs, v)
-    asked = Asked(q, k, v, key_bias(bias, valid), pair_bias, mask, scale)
+    asked = Asked(q, k, v, scale, key_bias(bias, valid), pair_bias, mask)
     return _kernel(implementation, asked)(asked)
 
 
@@ -177,7 +177,7 @@ def key_bias(
 
 
 def _reference(asked: Asked) -> Float[Array, "*B N H E"]:
-    how = {"bias": asked.bias, "pair_bias": asked.pair_bias, "mask": asked.mask}
+    how: Any = {"bias": asked.bias, "pair_bias": asked.pair_bias, "mask": asked.mask}
     return weighted_values(attention_probs(asked.q, asked.k, scale=asked.scale, **how), asked.v)
 
 

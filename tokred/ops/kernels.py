@@ -23,10 +23,10 @@ class Asked(NamedTuple):
     q: Float[Array, "*B N H E"]
     k: Float[Array, "*B M G E"]
     v: Float[Array, "*B M G E"]
-    bias: Float[Array, "*B M"] | None
-    pair_bias: Float[Array, "*#B #H #N M"] | None
-    mask: Bool[Array, "*#B N M"] | None
     scale: float
+    bias: Float[Array, "*B M"] | None = None
+    pair_bias: Float[Array, "*#B #H #N M"] | None = None
+    mask: Bool[Array, "*#B N M"] | None = None
 
 
 def refusal(name: str, asked: Asked) -> str:
@@ -34,7 +34,8 @@ def refusal(name: str, asked: Asked) -> str:
     width, pairs = asked.q.shape[-1], asked.mask is not None or asked.pair_bias is not None
     if name == "splash" and pairs:
         return "it takes no mask or bias by query and key"
-    precise = jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16")
+    config: Any = jax.config  # its fields are not declared
+    precise = config.jax_default_matmul_precision not in (None, "default", "bfloat16")
     if name == "splash" and precise and asked.q.dtype in HALF:
         return f"{asked.q.dtype} does not go with jax_default_matmul_precision of more"
     if name == "cudnn":
@@ -77,7 +78,7 @@ def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
     if mask is not None:  # a query that is padding sees the first keys
         mask = even(even(mask, axis=-1), axis=-2, value=True)
     q, k, v = (even(x, axis=-3) for x in asked[:3])
-    return fused(Asked(q, k, v, None, bias, mask, asked.scale))[..., :n, :, :]
+    return fused(Asked(q, k, v, asked.scale, None, bias, mask))[..., :n, :, :]
 
 
 def splash(asked: Asked, interpret: bool = False) -> Array:
@@ -91,9 +92,9 @@ def splash(asked: Asked, interpret: bool = False) -> Array:
     k, v = fill(asked.k, axis=-3), fill(asked.v, axis=-3)
     scaled = (asked.q * asked.scale).astype(asked.q.dtype)
     bias = fill(bias, axis=-1, value=-LARGE)
-    whole = _carried(Asked(fill(scaled, axis=-3), k, v, bias, None, None, 1.0), TILE)
+    whole = _carried(Asked(fill(scaled, axis=-3), k, v, 1.0, bias), TILE)
     seen = masks.MultiHeadMask([masks.FullMask((whole.q.shape[-3], k.shape[-3]))] * heads)
-    run = kernel.make_splash_mha_single_device(seen, interpret=interpret)
+    run: Any = kernel.make_splash_mha_single_device(seen, interpret=interpret)
     for _ in range(asked.q.ndim - 3):
         run = jax.vmap(run)
     y = run(*(jnp.swapaxes(x, -3, -2) for x in whole[:3]))

@@ -4,10 +4,13 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+
+CONFIG: Any = jax.config  # its fields are not declared
 
 
 def keep_programs(mesh: Mesh) -> Path | None:
@@ -18,13 +21,15 @@ def keep_programs(mesh: Mesh) -> Path | None:
     None for several CPU devices, as in tests of sharding: XLA reads such programs back wrongly.
     """
     several = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    if several or not jax.config.jax_enable_compilation_cache:
+    if several or not CONFIG.jax_enable_compilation_cache:
         return None
-    if jax.config.jax_compilation_cache_dir is None:
+    where = CONFIG.jax_compilation_cache_dir
+    if where is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "tokred" / f"xla-{_machine()}"))
+        where = str(cache / "tokred" / f"xla-{_machine()}")
+        jax.config.update("jax_compilation_cache_dir", where)
         compilation_cache.reset_cache()  # else what was compiled before has settled it
-    return Path(jax.config.jax_compilation_cache_dir)
+    return Path(where)
 
 
 def _machine() -> str:
