@@ -94,7 +94,7 @@ class GroupedAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if not self.shape.rotary:
             return q, k, v
-        turn = lambda y: rotate_by(y, position, self.shape.rates)  # noqa: E731
+        turn = lambda y: rotate_by(y, position[..., :1], self.shape.rates)  # noqa: E731
         return turn(q), turn(k), v
 
     def mask(self, queries: Tokens, keys: Tokens) -> Bool[Array, "*B N M"] | None:
