@@ -28,7 +28,7 @@ def bench_json(capsys, *arguments: str) -> dict:
 def test_bench_json(capsys):
     result = bench_json(capsys, "--methods", "topk,random", "--keep", "0.5")
     assert [row["method"] for row in result["rows"]] == ["dense", "topk", "random"]
-    assert all(set(row) == ROW for row in result["rows"])
+    assert all(set(row) == ROW | {"tokens", "tokens_by_layer"} for row in result["rows"])
     dense, reduced, _ = result["rows"]
     assert dense["macs_ratio"] == dense["ms_ratio"] == dense["compile_ratio"] == 1.0
     assert reduced["macs_ratio"] == reduced["macs"] / dense["macs"] < 1
@@ -39,6 +39,12 @@ def test_bench_json(capsys):
 def test_bench_solves_for_macs(capsys):
     rows = bench_json(capsys, "--methods", "dense,topk", "--macs", "0.8")["rows"]
     assert rows[1]["macs_ratio"] <= 0.8
+
+
+def test_bench_at_tile_edges(capsys):
+    result = bench_json(capsys, "--methods", "topk", "--round-to", "4")
+    assert result["round_to"] == 4
+    assert all(n % 4 == 0 or n == 17 for n in result["rows"][1]["tokens_by_layer"])
 
 
 def test_bench_in_bfloat16(capsys):

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tokred.schedule import round_up
+
 LAYER_SITES = (
     "before", "keys", "inside", "mid", "after", "around", "around_attention", "around_mlp"
 )  # fmt: skip
@@ -116,7 +118,8 @@ class Ask:
 class Layout:
     """What a plan may know of a model, all static: tokens includes the prefix. images: how many
     images there are among the tokens, and of how many tokens each. part: of a larger model, in
-    which the plans made for this layout lie."""
+    which the plans made for this layout lie. round_to: the tile edge of the hardware, to whose
+    multiples schedules raise their counts."""
 
     depth: int
     tokens: int
@@ -127,8 +130,18 @@ class Layout:
     heads: int
     images: tuple[int, int] = (0, 0)
     part: str = ""
+    round_to: int = 1
 
     @classmethod
     def of_sequence(cls, depth: int, tokens: int, width: int, heads: int) -> "Layout":
         """Of a model that reads so many tokens one after another, without any in front."""
         return cls(depth, tokens, 0, (1, tokens), False, width, heads)
+
+    @property
+    def patches(self) -> int:
+        return self.tokens - self.prefix
+
+    def rounded(self, kept: int) -> int:
+        """As many tokens behind the prefix, or a few more that fill the tile; at most all."""
+        filled = round_up(self.prefix + kept, self.round_to) - self.prefix
+        return min(filled, max(kept, self.patches))

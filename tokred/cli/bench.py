@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred import viz
-from tokred.cli.parser import names, positive
+from tokred.cli.parser import ROUND_TO, names, positive
 from tokred.cost.bench import Row, bench, device_name
 from tokred.cost.bench_decoder import Passes, bench_decoder
 from tokred.cost.bench_pairs import bench_pairs
@@ -49,6 +49,7 @@ def add_bench(commands: Any) -> None:
     budget = run.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=float, help="every method's keep ratio, in (0, 1]")
     budget.add_argument("--macs", type=float, help="target: this share of the dense MACs")
+    run.add_argument("--round-to", type=positive, default=1, metavar="EDGE", help=ROUND_TO)
     run.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the computation")
     run.add_argument("--json", action="store_true", help="print JSON and nothing else")
     run.add_argument("--out", type=Path, metavar="DIR", help="write JSON there, under a full name")
@@ -80,7 +81,7 @@ def _bench(args: argparse.Namespace) -> None:
     kinds = {"vit_": _images, "byt5_": _pairs, "vlm_": _talk}
     kind = next((f for k, f in kinds.items() if args.model.startswith(k)), _decoder)
     rows, told = _in_memory(kind, args)
-    given = ("model", "batch", "keep", "dtype", *own)
+    given = ("model", "batch", "keep", "round_to", "dtype", *own)
     about = {name: getattr(args, name) for name in given} | {"macs_target": args.macs}
     about |= {"rounds": asked, "device": device_name(), "jax": jax.__version__, **told}
     timed = min(row["rounds"] for row in rows)
@@ -143,7 +144,8 @@ def _refuse(args: argparse.Namespace, *options: str) -> None:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    return {"batch": args.batch, "rounds": args.rounds, "keep": args.keep, "ratio": args.macs}
+    budget = {"keep": args.keep, "ratio": args.macs, "round_to": args.round_to}
+    return {"batch": args.batch, "rounds": args.rounds, **budget}
 
 
 def _images(args: argparse.Namespace) -> About:
@@ -185,6 +187,8 @@ def _pairs(args: argparse.Namespace) -> About:
 
 def _talk(args: argparse.Namespace) -> About:
     _refuse(args, "share", "remat", "best_dense", "train", "decode", "keep", "macs")
+    if args.round_to > 1:
+        raise ValueError(f"--round-to is not for {args.model!r}; choose --lengths yourself.")
     dtype = {"dtype": jnp.dtype(args.dtype)}
     rows = bench_talk(
         vlm_config(args.model, vision=dtype, decoder=dtype),

@@ -5,10 +5,9 @@ import json
 from typing import Any
 
 from tokred import viz
-from tokred.cli.parser import names, positive
-from tokred.cost.budget import solve_keep
+from tokred.cli.parser import ROUND_TO, names, positive
+from tokred.cost.bench import choose_plan
 from tokred.cost.report import cost_report
-from tokred.methods import get_method, make_plan
 from tokred.models import (
     VLM,
     Decoder,
@@ -19,7 +18,6 @@ from tokred.models import (
     vit_config,
     vlm_config,
 )
-from tokred.plan import Plan
 
 LAYER = ("tokens", "attention_macs", "mlp_macs", "reduction_macs", "outer_macs")
 WHOLE = (
@@ -38,6 +36,7 @@ def add_cost(commands: Any) -> None:
     budget = run.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=float, help="every method's keep ratio, in (0, 1]")
     budget.add_argument("--macs", type=float, help="target: this share of the dense MACs")
+    run.add_argument("--round-to", type=positive, default=1, metavar="EDGE", help=ROUND_TO)
     size = run.add_mutually_exclusive_group()
     size.add_argument("--image-size", type=positive, metavar="PIXELS", help="default 224")
     size.add_argument("--tokens", type=positive, help="of a sequence")
@@ -49,7 +48,8 @@ def _cost(args: argparse.Namespace) -> None:
     chosen = dict.fromkeys(["dense", *names(args.methods)])
     rows: list[dict[str, Any]] = []
     for name in chosen:
-        report = cost_report(kind, config, _plan(config, name, args), batch=args.batch)
+        plan = choose_plan(config, name, args.keep, args.macs, args.round_to)
+        report = cost_report(kind, config, plan, batch=args.batch)
         rows.append({"method": name, **report})
     rows = [row | {"macs_ratio": row["macs"] / rows[0]["macs"]} for row in rows]
     if args.json:
@@ -64,14 +64,6 @@ def _cost(args: argparse.Namespace) -> None:
 def _label(method: str, layer: dict[str, Any]) -> str:
     where = "around" if layer["layer"] is None else f"layer {layer['layer']}"
     return " ".join(word for word in (method, layer["part"], where) if word)
-
-
-def _plan(config: Any, name: str, args: argparse.Namespace) -> Plan:
-    if name != "dense" and args.macs is not None:
-        return solve_keep(config, name, args.macs)[0]
-    if args.keep is not None and "keep" in get_method(name).options and name != "dense":
-        return make_plan(name, config.layout, keep=args.keep)
-    return make_plan(name, config.layout)
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:

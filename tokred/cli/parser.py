@@ -3,6 +3,8 @@
 import argparse
 from typing import NoReturn
 
+ROUND_TO = "raise counts of tokens to multiples of it, such as a tile edge of the hardware"
+
 
 class Parser(argparse.ArgumentParser):
     """Ends in one sentence and exit code 2 where arguments do not fit."""

@@ -35,29 +35,35 @@ def bench(
     rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
+    round_to: int = 1,
     seed: int = 0,
 ) -> list[Row]:
     """One row per method, the dense model first, all with the same random weights.
 
     Times the forward pass from images to logits of the packed twin, compiled, dense and reduced
     with the same attention, in alternating rounds. keep: every method's budget; ratio: solve for
-    it from a share of the dense MACs; neither: each method's defaults.
-    Row: method, macs (one image), macs_ratio, ms (median of a batch), ms_ratio, ms_low, ms_high,
-    rounds, conversion (time saved / MACs saved), compile_s, compile_ratio, temp_bytes (see
-    `Compiled`), attention (its implementations, or why not the one asked for); ms_pipelined where
-    `Rounds.ahead` asks for it.
+    it from a share of the dense MACs; neither: each method's defaults. round_to: see `make_plan`.
+    Row: method, macs (one image), macs_ratio, tokens (behind the last layer), tokens_by_layer, ms
+    (median of a batch), ms_ratio, ms_low, ms_high, rounds, conversion (time saved / MACs saved),
+    compile_s, compile_ratio, temp_bytes (see `Compiled`), attention (its implementations, or why
+    not the one asked for); ms_pipelined where `Rounds.ahead` asks for it.
 
     Raises:
       ValueError: an unknown method, or a budget out of its reach.
     """
-    plans = choose_plans(config, methods, keep, ratio)
+    plans = choose_plans(config, methods, keep, ratio, round_to)
     model = ViT(config, rngs=nnx.Rngs(seed))
     key = jax.random.key(seed)
     images = jax.random.normal(key, (batch, *config.image_size, config.channels))
     candidates = {name: _candidate(model, plan, images, key) for name, plan in plans.items()}
     rows = time_rows(candidates, rounds)
     counts = {name: macs(config, plan) for name, plan in plans.items()}
-    rows = [{"method": name, "macs": counts[name], **row} for name, row in rows.items()]
+    left = {name: [c.out for c in plan.counts(config.layout)] for name, plan in plans.items()}
+    rows = [
+        {"method": name, "macs": counts[name], "tokens": left[name][-1], **row}
+        | {"tokens_by_layer": left[name]}
+        for name, row in rows.items()
+    ]
     return [with_ratios(row, rows[0]) for row in rows]
 
 
@@ -93,20 +99,26 @@ def _pipelined(time: Timing) -> Row:
 
 
 def choose_plans(
-    config: Costed, methods: Sequence[str], keep: float | None, ratio: float | None
+    config: Costed,
+    methods: Sequence[str],
+    keep: float | None,
+    ratio: float | None,
+    round_to: int = 1,
 ) -> dict[str, Plan]:
     """The plan of every method by name, the dense one first; see `choose_plan`."""
     names = ["dense", *(name for name in dict.fromkeys(methods) if name != "dense")]
-    return {name: choose_plan(config, name, keep, ratio) for name in names}
+    return {name: choose_plan(config, name, keep, ratio, round_to) for name in names}
 
 
-def choose_plan(config: Costed, name: str, keep: float | None, ratio: float | None) -> Plan:
+def choose_plan(
+    config: Any, name: str, keep: float | None, ratio: float | None, round_to: int = 1
+) -> Plan:
     """The method's plan at `keep`, at `ratio` of the dense MACs, or at its defaults."""
     if name != "dense" and ratio is not None:
-        return solve_keep(config, name, ratio)[0]
+        return solve_keep(config, name, ratio, round_to=round_to)[0]
     if name == "dense" or keep is None or "keep" not in get_method(name).options:
-        return make_plan(name, config.layout)
-    return make_plan(name, config.layout, keep=keep)
+        return make_plan(name, config.layout, round_to=round_to)
+    return make_plan(name, config.layout, keep=keep, round_to=round_to)
 
 
 def forward(model: ViT, plan: Plan) -> tuple[Callable[..., Array], Any]:

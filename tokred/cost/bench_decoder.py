@@ -53,6 +53,7 @@ def bench_decoder(
     rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
+    round_to: int = 1,
     passes: Passes = FORWARD,
     best_dense: bool = False,
     seed: int = 0,
@@ -61,8 +62,8 @@ def bench_decoder(
 
     'forward' and 'train' run the packed twin on sequences of `tokens` ids; 'decode' runs the causal
     one, 'decode, skip' leaves out a layer that no row of the batch enters. All rows of a pass take
-    turns. keep, ratio: as in `bench`. Ratios are to the dense model with the same attention;
-    best_dense: to the faster of that and the dense model with plain attention.
+    turns. keep, ratio, round_to: as in `bench`. Ratios are to the dense model with the same
+    attention; best_dense: to the faster of that and the dense model with plain attention.
     Row: pass, method, macs (one example's forward pass, or one token), macs_ratio, ms (median of a
     batch, or of one token of each row), ms_ratio, ms_low, ms_high, compile_s, compile_ratio,
     temp_bytes; when decoding, None else: share (of layers entered where there is a choice),
@@ -74,7 +75,7 @@ def bench_decoder(
     """
     _check(config, tokens, passes)
     config = dataclasses.replace(config, context=tokens)
-    plans = choose_plans(config, methods, keep, ratio)
+    plans = choose_plans(config, methods, keep, ratio, round_to)
     for name, plan in plans.items():
         _check_fit(name, plan, config, passes.decode)
     models, key = _models(config, plans, best_dense, seed), jax.random.key(seed)

@@ -34,6 +34,7 @@ def bench_pairs(
     rounds: int | Rounds = 10,
     keep: float | None = None,
     ratio: float | None = None,
+    round_to: int = 1,
     passes: Passes = FORWARD,
     seed: int = 0,
 ) -> list[Row]:
@@ -47,7 +48,7 @@ def bench_pairs(
     the fields of a row, but for those of caches.
     """
     config = dataclasses.replace(config, context=tokens)
-    plans = choose_plans(config, methods, keep, ratio)
+    plans = choose_plans(config, methods, keep, ratio, round_to)
     model, key = EncoderDecoder(config, rngs=nnx.Rngs(seed)), jax.random.key(seed)
     ids = jax.random.randint(key, (batch, tokens), 3, config.vocab)
     controls = {name: control for name, plan in plans.items() if (control := _control(plan))}

@@ -122,11 +122,11 @@ def ats(
     many as slots, so that none overflows; the official code has as many as patches, with keep=1.
     Other options: see `ATS`. With keep=1 and no samples nothing leaves.
     """
-    patches = layout.tokens - layout.prefix
+    patches = layout.patches
     if samples is not None and samples < 1:
         raise ValueError(f"ats: samples={samples} must be at least 1; raise samples.")
     layers = range(max(1, layout.depth // 4), layout.depth) if layers is None else layers
-    slots = linear(patches, keep, layers)
+    slots = tuple(map(layout.rounded, linear(patches, keep, layers)))
     steps = tuple(
         (Site("inside", i), ATS(k, quantiles_of(rule, samples or k), rule, empty_counts))
         for i, k in zip(layers, slots, strict=True)

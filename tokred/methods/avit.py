@@ -189,7 +189,7 @@ def avit(
     """
     if not 0 < eps < 1:
         raise ValueError(f"avit: eps={eps} must lie in (0, 1); change eps.")
-    depth, patches = layout.depth, layout.tokens - layout.prefix
+    depth, patches = layout.depth, layout.patches
     peak = round(2 * depth / 3) if peak is None else peak
     slots = (*linear(patches, keep, range(depth - 1)), patches)
     steps = [

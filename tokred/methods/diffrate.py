@@ -209,7 +209,7 @@ def _schedule(
             raise ValueError(f"method 'diffrate': preset={preset!r} is not one of {sorted(table)}.")
         prune, merge = table[preset]["prune"], table[preset]["merge"]
     if prune is None and merge is None:
-        left = linear(layout.tokens - layout.prefix, keep, range(layout.depth - 1))
+        left = linear(layout.patches, keep, range(layout.depth - 1))
         counts = [layout.tokens, *(layout.prefix + k for k in left)]
         # Half of what leaves is pruned, half merged.
         before = [layout.tokens, *counts[:-1]]
@@ -252,7 +252,7 @@ def diffrate(
     prune, merge: counts left per layer, prefix included (learned, or `preset` of `presets()`);
     without them equal steps down to `keep`. The soft twin learns them: block 0 stays dense.
     """
-    patches = layout.tokens - layout.prefix
+    patches = layout.patches
     pairs = enumerate(zip(*_schedule(layout, keep, prune, merge, preset), strict=True))
     steps = [
         (Site("mid", i), DiffRate(int(p), int(m), patches, granularity, gradient))

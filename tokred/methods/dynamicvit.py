@@ -126,7 +126,7 @@ def dynamicvit(
     keep: ratio per stage. ratio_weight: weight of the ratio loss, shared by the stages.
     """
     stages = stage_counts(layout, keep, layers)
-    patches = layout.tokens - layout.prefix
+    patches = layout.patches
     weight = ratio_weight / max(len(stages), 1)
     steps = [(Site("before", i), DynamicViT(k, k / patches, weight, eps)) for i, k in stages]
     return Plan(tuple(steps), name="dynamicvit")

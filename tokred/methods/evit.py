@@ -69,4 +69,11 @@ def evit(
 ) -> Plan:
     """Class attention keeps tokens and fuses the others into one, in stages."""
     layers = stage_layers(layout.depth) if layers is None else layers
-    return Plan(tuple((Site("mid", i), EViT(keep, fuse)) for i in layers), name="evit")
+    steps, n = [], layout.patches
+    for i in layers:
+        whole = EViT(keep, fuse).counts(n, 0)
+        extra = layout.rounded(whole) - whole
+        exact = EViT(keep, fuse).kept(n, 0) + extra if extra else None
+        steps.append((Site("mid", i), EViT(keep, fuse, exact)))
+        n = whole + extra
+    return Plan(tuple(steps), name="evit")

@@ -163,7 +163,7 @@ def lavit(
     """
     if room <= 0:
         raise ValueError(f"lavit: room={room} must be positive; raise room.")
-    patches = layout.tokens - layout.prefix
+    patches = layout.patches
     capacity = min(patches, max(1, math.ceil(round(room * keep * patches, 6))))
     reduction = LaVIT(capacity, keep, ratio_weight, depth, mlp_ratio, eps, sampled)
     return Plan(((Site("output"), reduction),), name="lavit")

@@ -172,8 +172,7 @@ def mctf(
     """
     layers = range(1, layout.depth) if layers is None else layers
     how = (ahead, both_ways, pooling, tau_sim, tau_info, tau_size, proportional)
-    n = layout.tokens - layout.prefix
-    left = (n, *linear(n, keep, layers))
+    left = (layout.patches, *map(layout.rounded, linear(layout.patches, keep, layers)))
     removed = [(a - b, 0) for a, b in itertools.pairwise(left)]
     each = removed if r is None else [(r, least)] * len(layers)
     steps = zip(layers, each, strict=True)

@@ -92,11 +92,11 @@ def merged_share(n: int, ratio: float) -> int:
 def removals(layout: Layout, keep: float, ratio: float | None) -> list[int]:
     """Tokens to merge per layer, half of those left at most: a share of `ratio` stays in each, or
     one that leaves keep * patches in the end."""
-    n = layout.tokens - layout.prefix
+    n = layout.patches
     removed = []
     for target in geometric(n, keep, range(layout.depth)):
         r = max(0, n - target) if ratio is None else merged_share(n, ratio)
-        removed.append(min(r, n // 2))
+        removed.append(max(0, n - layout.rounded(n - min(r, n // 2))))
         n -= removed[-1]
     return removed
 

@@ -45,7 +45,7 @@ def random(
     site: 'output' for once behind the last layer.
     """
     if site == "output":
-        k = max(1, routing.share_of(layout.tokens - layout.prefix, keep))
+        k = max(1, routing.share_of(layout.patches, keep))
         return Plan(((Site("output"), Random(k)),), name="random")
     if site != "mid":
         raise ValueError(f"random: site={site!r} must be 'mid' or 'output'; change site.")

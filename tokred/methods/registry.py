@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from tokred.plan import Layout, Plan, nearest, require_class_token
+from tokred.plan import LayerCount, Layout, Plan, nearest, require_class_token
 
 _METHODS: dict[str, "Method"] = {}
 
@@ -77,10 +77,15 @@ def get_method(name: str) -> Method:
 def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
     """The Plan of a method on a model, checked; within the part that the layout is of.
 
+    options: the method's own, and for each of them round_to: the tile edge of the hardware, of
+    which every count of tokens, with the prefix, becomes a multiple; `Plan.counts` tells what that
+    makes of `keep`.
+
     Raises:
-      ValueError: unknown method or option, keep outside (0, 1], or a plan that does not fit.
+      ValueError: unknown method or option, keep outside (0, 1], a plan that does not fit, or one
+        whose counts do not follow a schedule and are no multiples of `round_to`.
     """
-    method = get_method(name)
+    method, round_to = get_method(name), options.pop("round_to", 1)
     for option in options:
         if option not in method.options:
             known = method.options
@@ -95,9 +100,18 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
         )
     if "class token" in method.needs:
         require_class_token(f"method {name!r}", layout)
-    plan = method.make(layout, **options)
-    plan.of("").counts(dataclasses.replace(layout, part=""))
+    plan = method.make(dataclasses.replace(layout, round_to=round_to), **options)
+    _check_tiles(name, plan.of("").counts(dataclasses.replace(layout, part="")), layout, round_to)
     return plan.within(layout.part)
+
+
+def _check_tiles(name: str, counts: tuple[LayerCount, ...], layout: Layout, round_to: int) -> None:
+    for layer, count in enumerate(counts):
+        if count.out != layout.tokens and count.out % round_to:
+            raise ValueError(
+                f"method {name!r}: round_to={round_to} does not divide the {count.out} tokens of "
+                f"layer {layer}; its counts do not follow a schedule, so set them by its options."
+            )
 
 
 def golden_passed(method: Method) -> int:

@@ -198,7 +198,7 @@ def levels_of(layout: Layout, shares: tuple[float, ...]) -> tuple[int, ...]:
 
 def count_of(layout: Layout, keep: float) -> int:
     """How many queries are at most keep * tokens; one at least."""
-    return max(1, routing.share_of(layout.tokens - layout.prefix, keep))
+    return max(1, routing.share_of(layout.patches, keep))
 
 
 def side_of(layout: Layout, keep: float) -> int:

@@ -223,7 +223,7 @@ def place_latents(
     Raises:
       ValueError: more latents than tokens, or another site.
     """
-    patches = layout.tokens - layout.prefix
+    patches = layout.patches
     latents = patches if latents is None else latents
     if not 1 <= latents <= patches:
         raise ValueError(

@@ -90,7 +90,7 @@ def sit(
     slim = staged("sit", layout, keep, layers, Slim)
     if not recover:
         return slim
-    originals, steps, left = layout.tokens - layout.prefix, [], None
+    originals, steps, left = layout.patches, [], None
     stages = dict(stage_counts(layout, keep, layers))
     for layer in range(layout.depth):
         left = stages.get(layer, left)

@@ -83,6 +83,6 @@ def staged(
 ) -> Plan:
     """`make(k)` before each of the `layers`, k = int(keep^(i+1) patches) at the i-th; before none
     that all tokens reach: they need no evidence there."""
-    every = layout.tokens - layout.prefix
+    every = layout.patches
     stages = ((i, k) for i, k in stage_counts(layout, keep, layers) if k < every)
     return Plan(tuple((Site("before", i), make(k)) for i, k in stages), name=name)

@@ -173,7 +173,7 @@ def tokenlearner(
             f"tokenlearner: version={version!r} must be one of {VERSIONS}; change version."
         )
     layer = layout.depth // 2 if layer is None else layer
-    k = max(1, share_of(layout.tokens - layout.prefix, keep)) if tokens is None else tokens
+    k = max(1, share_of(layout.patches, keep)) if tokens is None else tokens
     learner = TokenLearner(k, hidden) if version == "1.1" else MapLearner(k, layout.grid, mean)
     if not fuse:
         return Plan(((Site("before", layer), learner),), name="tokenlearner")

@@ -4,6 +4,7 @@ Official code: facebookresearch/ToMe (CC-BY-NC 4.0).
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -85,11 +86,12 @@ class ToMeKth(ToMe):
 
 def removals(layout: Layout, keep: float, r: Any) -> tuple[int, ...]:
     """Tokens to merge per layer: `r` by ToMe's rules, or equal steps down to keep * patches."""
-    if r is not None:
-        return ramp(layout.depth, r)
-    n = layout.tokens - layout.prefix
-    left = (n, *linear(n, keep, range(layout.depth)))
-    return tuple(a - b for a, b in itertools.pairwise(left))
+    n, depth = layout.patches, layout.depth
+    if r is None:
+        left = (n, *linear(n, keep, range(depth)))
+    else:
+        left = itertools.accumulate(ramp(depth, r), operator.sub, initial=n)
+    return tuple(a - b for a, b in itertools.pairwise(map(layout.rounded, left)))
 
 
 def _merging(name: str, kind: type[ToMe], layout: Layout, keep: float, r: Any, prop: bool) -> Plan:

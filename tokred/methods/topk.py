@@ -36,8 +36,8 @@ def stage_counts(
 ) -> tuple[tuple[int, int], ...]:
     """(layer, patches kept) of a three-stage schedule: int(keep^(i+1) N0)."""
     layers = stage_layers(layout.depth) if layers is None else tuple(layers)
-    patches = layout.tokens - layout.prefix
-    return tuple(zip(layers, stages(patches, keep, layers), strict=True))
+    kept = map(layout.rounded, stages(layout.patches, keep, layers))
+    return tuple(zip(layers, kept, strict=True))
 
 
 @register(

@@ -125,8 +125,8 @@ def zero_tprune(
     if not 0 <= similar <= 1:
         raise ValueError(f"zero_tprune: similar={similar} must lie in [0, 1]; change similar.")
     layers = range(1, layout.depth - 1, 2) if layers is None else layers
-    steps, n, walks = [], layout.tokens - layout.prefix, walk_lengths(layout.depth)
-    for layer, k in zip(layers, linear(n, keep, layers), strict=True):
+    steps, n, walks = [], layout.patches, walk_lengths(layout.depth)
+    for layer, k in zip(layers, map(layout.rounded, linear(n, keep, layers)), strict=True):
         walk = walks[layer] if layer < layout.depth else 1
         prune = ZeroTPrune(k, int(similar * (n - k)), walk, split=split)
         steps += [(Site("mid", layer), prune)] * (k < n)
