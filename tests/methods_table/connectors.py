@@ -123,6 +123,7 @@ CONNECTORS = (
             "jit_is_no_jit": "its keys are features of earlier layers",
             "padding_changes_no_choice": "its keys are features of earlier layers",
         },
+        slow=True,
     ),
     connector(
         "llava_mini",

@@ -75,6 +75,7 @@ TEXT = (
         exact={"keep": 0.6, "layers": (1, 3)},
         extra=lambda place, prompt: {"protected": place % 5 == 0},
         exempt=TRAINED_PACKED,
+        slow=True,
     ),
     Row(
         "pmod",
@@ -152,6 +153,7 @@ TEXT = (
         twins="different",
         exact={"keep": 0.5, "site": "around_mlp", "room": 1.0},
         exempt={"packed_twin_does_not_learn": "its loss asks for the share in both"},
+        slow=True,
     ),
     Row(
         "skipdecode",

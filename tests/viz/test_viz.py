@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tokred.viz import format_table, paint_tokens, plot_pareto, plot_tokens
+from tokred.viz import format_table, paint_tokens, plot_frontier, plot_pareto, plot_tokens
 from tokred.viz.kept import ALONE, GONE, colour_groups, count_left, label_cells, stretch
 from tokred.viz.table import FIELDS
 
@@ -277,3 +277,18 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     sentence = "tokred.viz draws with matplotlib, which is not installed: pip install matplotlib."
     refuses(lambda: plot_pareto(ROWS, tmp_path / "no.png"), ImportError, sentence)
+
+
+def test_a_frontier_has_a_line_per_method_and_a_point_for_one_budget(tmp_path):
+    rows = [
+        {"line": line, "budget": b, "seed": s, "macs_ratio": b, "accuracy": b + s / 10}
+        for line, budgets in (("many", (0.4, 0.6)), ("one", (0.5,)))
+        for b in budgets
+        for s in (0, 1)
+    ]
+    plot_frontier(rows, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="rows are empty"):
+        plot_frontier([], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="'loss'"):
+        plot_frontier(rows, tmp_path / "none.png", "loss")

@@ -35,8 +35,9 @@ class Arguments(argparse.ArgumentParser):
         return known, [word.removeprefix(PREFIX) for word in rest]
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Calls main(arguments); a user's error ends in one sentence on stderr and exit code 2.
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Calls main(arguments), by default those of the process; a user's error ends in one sentence
+    on stderr and exit code 2.
 
     A run that SIGTERM stopped has saved its state and ends with exit code 0. TOKRED_TRACEBACK=1
     shows where an error came from. Ctrl-C ends with exit code 130.
@@ -44,7 +45,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if not os.environ.get("TOKRED_TRACEBACK"):
         _hush()
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if argv is None else argv)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
     except USER_ERRORS as error:

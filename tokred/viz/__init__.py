@@ -7,20 +7,22 @@
 Pictures need matplotlib (pip install "tokred[train]"), which is imported when the first is drawn.
 """
 
-from tokred.viz.curves import plot_curves, plot_lengths
+from tokred.viz.curves import plot_curves, plot_frontier, plot_lengths
 from tokred.viz.deletion import deletion_html, deletion_rates, deletion_text, write_deletion
 from tokred.viz.kept import paint_tokens, plot_tokens
 from tokred.viz.pareto import plot_pareto
 from tokred.viz.routing import plot_routing, routing_html, routing_text, write_routing
-from tokred.viz.table import format_table
+from tokred.viz.table import FIELDS, format_table
 
 __all__ = [
+    "FIELDS",
     "deletion_html",
     "deletion_rates",
     "deletion_text",
     "format_table",
     "paint_tokens",
     "plot_curves",
+    "plot_frontier",
     "plot_lengths",
     "plot_pareto",
     "plot_routing",

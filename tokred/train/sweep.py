@@ -1,0 +1,229 @@
+"""Recipes x budgets x seeds, with what they are compared with:
+
+python -m tokred sweep configs/sweep/digits.py --workdir=DIR
+
+runs every job that is not finished, one after another, and writes DIR/results.csv and .parquet (a
+line per run and method), DIR/frontier.png and DIR/report.md. --jobs prints a command per job, for
+an array of them (in rounds: the dense ones first, since others may start from them), --job=NAME
+runs one, --collect writes the table of what is there. A job that was stopped goes on from its last
+checkpoint.
+"""
+
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokred.train.cli import Arguments
+from tokred.train.config import Config, load_config, to_json
+from tokred.train.job import evaluate_job, run_job
+from tokred.train.seeds import read_seeds
+from tokred.train.tidy import Row, write_report
+
+DENSE, SMALLER = "dense", "smaller dense"
+BASELINES = ("random", "uniform", "pooling")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One line of the frontier: a recipe, and budgets, which are values of a field of its config
+    such as 'rates.target'; changes: other fields, as 'a.b=value'. In its start_from '{dense}'
+    stands for the dense run of the same seed, '{seed}' for the seed."""
+
+    recipe: str
+    field: str = ""
+    budgets: tuple[float, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `python -m tokred sweep` runs; a file in configs/sweep/ gives it by `get_sweep()`.
+
+    dense: the recipe without reduction. ratios: shares of its MACs at which `baselines` act on its
+    weights, and at which dense models of fewer layers are trained. trials: by name. score: the
+    field of the rows that the picture shows.
+    """
+
+    dense: str
+    ratios: tuple[float, ...]
+    trials: Mapping[str, Trial]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    baselines: tuple[str, ...] = BASELINES
+    score: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. name: its directory. line: what its rows are called, for reductions that were not
+    trained their own name. more: shares of the dense MACs at which such reductions act, too."""
+
+    name: str
+    line: str
+    budget: float | None
+    config: Config
+    more: tuple[float, ...] = ()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is left of a sweep, or one job of it."""
+    parser = Arguments(prog="python -m tokred sweep", description=__doc__)
+    parser.add_argument("config", help="configs/sweep/NAME.py or configs/sweep/NAME.py:smoke")
+    parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--seeds", help="numbers, separated by commas, instead of the sweep's own")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--jobs", action="store_true", help="print a command per job, run nothing")
+    only.add_argument("--job", metavar="NAME", help="run this one and write no table")
+    only.add_argument("--collect", action="store_true", help="run nothing, write the table")
+    args, overrides = parser.read(argv)
+    sweep = load_sweep(args.config)
+    seeds = sweep.seeds if args.seeds is None else tuple(read_seeds(args.seeds))
+    jobs = {job.name: job for job in list_jobs(sweep, args.workdir, seeds, overrides)}
+    command = ["python", "-m", "tokred", "sweep", *argv]
+    if args.jobs:
+        command.remove("--jobs")
+        print(*(shlex.join([*command, f"--job={name}"]) for name in jobs), sep="\n")
+    elif args.job is not None:
+        run_named(args.job, jobs, args.workdir)
+    else:
+        rows: list[Row] = []
+        for name, job in jobs.items():
+            if args.collect and finished(job, args.workdir) is None:
+                print(f"{name} is not finished and not in the table", file=sys.stderr)
+            else:
+                rows += run(job, args.workdir)
+        _tell_strangers(jobs, args.workdir)
+        write_report(rows, args.workdir, shlex.join(command), sweep.score)
+
+
+def load_sweep(recipe: str) -> Sweep:
+    """The sweep of 'configs/sweep/NAME.py', or of 'configs/sweep/NAME.py:smoke' with all recipes
+    at that size.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: it is no sweep, or names something twice.
+    """
+    path, _, arg = recipe.partition(":")
+    spec = importlib.util.spec_from_file_location("sweep", path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise FileNotFoundError(f"sweep {path!r} is no python file; see configs/sweep/.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweep = getattr(module, "get_sweep", lambda: None)()
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"sweep {path!r} has no get_sweep() of a Sweep; see configs/sweep/.")
+    check_names(sweep)
+    if not arg:
+        return sweep
+    small = {name: replace(t, recipe=f"{t.recipe}:{arg}") for name, t in sweep.trials.items()}
+    return replace(sweep, dense=f"{sweep.dense}:{arg}", trials=small)
+
+
+def check_names(sweep: Sweep) -> None:
+    """Raises ValueError where two lines, budgets or seeds have one name."""
+    lists = {"lines": [DENSE, SMALLER, *sweep.baselines, *sweep.trials], "seeds": sweep.seeds}
+    lists |= {f"budgets of {name!r}": trial.budgets for name, trial in sweep.trials.items()}
+    for what, names in {**lists, "ratios": sweep.ratios}.items():
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        if twice:
+            raise ValueError(f"sweep: {what} have {twice[0]!r} twice; rename or remove one.")
+
+
+def list_jobs(
+    sweep: Sweep, workdir: Path, seeds: Sequence[int], overrides: Sequence[str] = ()
+) -> Iterator[Job]:
+    """Every run: for every seed the dense model, those of fewer layers, and all trials."""
+    for seed in seeds:
+        dense = load_config(sweep.dense, overrides)
+        dense.seed, dense.evaluate.methods = seed, sweep.baselines
+        lowest, *more = sorted(sweep.ratios)
+        dense.evaluate.macs = lowest
+        yield Job(f"{DENSE}/seed_{seed}", DENSE, None, dense, tuple(more))
+        for depth in _depths(dense.model.depth, sweep.ratios):
+            config = load_config(sweep.dense, [*overrides, f"model.depth={depth}"])
+            config.seed, config.evaluate.methods = seed, ()
+            yield Job(f"smaller_dense/depth_{depth}/seed_{seed}", SMALLER, depth, config)
+        for name, trial in sweep.trials.items():
+            for budget in trial.budgets or (None,):
+                own = [] if budget is None else [f"{trial.field}={budget}"]
+                config = load_config(trial.recipe, [*overrides, *trial.changes, *own])
+                config.seed, config.evaluate.methods = seed, ()
+                config.start_from = config.start_from and config.start_from.format(
+                    dense=workdir / DENSE / f"seed_{seed}", seed=seed
+                )
+                part = "" if budget is None else f"/{budget:g}"
+                yield Job(f"{name}{part}/seed_{seed}", name, budget, config)
+
+
+def _depths(depth: int, ratios: Sequence[float]) -> list[int]:
+    """Layers that cost about such shares of a model, fewer than it has."""
+    near = {max(1, round(depth * ratio)) for ratio in ratios}
+    return sorted(near - {depth}, reverse=True)
+
+
+def run_named(name: str, jobs: Mapping[str, Job], workdir: Path) -> None:
+    """Runs one job. Raises ValueError where there is none of this name."""
+    if name not in jobs:
+        raise ValueError(f"sweep has no job {name!r}; --jobs lists all {len(jobs)}.")
+    for row in run(jobs[name], workdir):
+        print(json.dumps(row))
+
+
+def finished(job: Job, workdir: Path) -> list[Row] | None:
+    """The rows of a finished job; None where it is not finished, or was another job."""
+    path = workdir / job.name / "rows.json"
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["rows"] if kept["of"] == _identity(job) else None
+
+
+def _identity(job: Job) -> Any:
+    return json.loads(json.dumps({"config": to_json(job.config), "more": job.more}))
+
+
+def run(job: Job, workdir: Path) -> list[Row]:
+    """Trains, or goes on, and evaluates; the rows are kept in rows.json, which is written last."""
+    kept = finished(job, workdir)
+    if kept is not None:
+        return kept
+    here = workdir / job.name
+    if here.exists() and any(here.iterdir()):
+        print(f"{job.name} was not finished; it goes on from its last checkpoint, if any")
+    found = run_job(job.config, here)
+    for ratio in job.more:
+        others = evaluate_job(here, methods=job.config.evaluate.methods, ratio=ratio)
+        found += [row | {"budget": ratio} for row in others if row["method"] != DENSE]
+    rows = [_named(job, row) for row in found if _belongs(job, row)]
+    partial = here / "rows.json.part"
+    partial.write_text(json.dumps({"of": _identity(job), "rows": rows}) + "\n")
+    partial.rename(here / "rows.json")
+    return rows
+
+
+def _learned(config: Config) -> str:
+    return config.rates.method if config.rates.steps else config.train.method
+
+
+def _belongs(job: Job, row: Row) -> bool:
+    """The dense row of what learns a reduction is none of this sweep's lines."""
+    return row["method"] != DENSE or _learned(job.config) == DENSE
+
+
+def _named(job: Job, row: Row) -> Row:
+    learned, method = _learned(job.config), row["method"]
+    mine = method.startswith(learned)
+    line = job.line + method.removeprefix(learned) if mine else method
+    budget = job.budget if mine else row.get("budget", job.config.evaluate.macs)
+    return {**row, "line": line, "budget": budget}
+
+
+def _tell_strangers(jobs: Mapping[str, Job], workdir: Path) -> None:
+    """Says which finished runs in the workdir are of no job any more."""
+    found = {str(path.parent.relative_to(workdir)) for path in workdir.rglob("rows.json")}
+    for name in sorted(found - set(jobs)):
+        print(f"{name} is no job of this sweep and not in the table", file=sys.stderr)
