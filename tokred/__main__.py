@@ -1,5 +1,6 @@
 """The command line: `python -m tokred bench` times methods, `... cost` counts, `... methods` lists
-them, `... pretrained` fetches real weights, `... sweep` trains recipes at several budgets."""
+them, `... pretrained` fetches real weights, `... sweep` trains recipes at several budgets,
+`... export` writes graphs and weights."""
 
 import argparse
 import importlib
@@ -13,7 +14,10 @@ from tokred.cli.parser import Parser
 from tokred.interop.pretrained import fetch_all
 
 # Commands that read their own arguments; imported when called, for they need the extra train.
-SCRIPTS = {"sweep": ("tokred.train.sweep", "train recipes x budgets x seeds, draw the frontier")}
+SCRIPTS = {
+    "sweep": ("tokred.train.sweep", "train recipes x budgets x seeds, draw the frontier"),
+    "export": ("tokred.train.export", "write a run as StableHLO, ONNX, safetensors or Orbax"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.maps import Keep
-from tokred.ops import gather, position_mask
+from tokred.ops import gather, position_mask, put
 from tokred.ops.attention import NEGATIVE
 from tokred.rotary import rotate_by
 from tokred.tokens import Tokens
@@ -113,14 +113,15 @@ class LayerCache:
         heads_first = lambda a: jnp.swapaxes(a, 1, 2)  # noqa: E731
         lost = (write[:, None, :] & (slot == self.capacity)).sum(-1).max(-1)
         zero = jnp.zeros(slot.shape)
+        into = lambda old, new: put(old, slot, new.astype(old.dtype), axis=2)  # noqa: E731
         return dataclasses.replace(
             self,
-            k=_put(self.k, slot, heads_first(k)),
-            v=_put(self.v, slot, heads_first(v)),
-            position=_put(self.position, slot, jnp.broadcast_to(position[:, None, :], slot.shape)),
+            k=into(self.k, heads_first(k)),
+            v=into(self.v, heads_first(v)),
+            position=into(self.position, jnp.broadcast_to(position[:, None, :], slot.shape)),
             dropped=self.dropped + lost.astype(self.dropped.dtype),
-            score=None if self.score is None else _put(self.score, slot, zero),
-            bias=None if self.bias is None else _put(self.bias, slot, zero),
+            score=None if self.score is None else into(self.score, zero),
+            bias=None if self.bias is None else into(self.bias, zero),
         )
 
     def _free(self, n: int) -> Int[Array, "B G M"]:
@@ -208,12 +209,6 @@ def hold(
 def live(map_: Keep) -> Bool[Array, "*B K"]:
     """Which outputs of a map hold a token."""
     return jnp.ones(map_.index.shape, bool) if map_.valid is None else map_.valid
-
-
-def _put(slots: Array, slot: Array, rows: Array) -> Array:
-    """rows [B G N ...] written into slots [B G C ...]; local on a sharded batch."""
-    put = lambda old, at, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-    return jax.vmap(jax.vmap(put))(slots, slot, rows)
 
 
 @functools.partial(register, data_fields=["layers", "seen"])

@@ -49,7 +49,8 @@ def splice(
     holds = holds & there & (jnp.cumsum(holds & there, -1) <= i)
     end = jnp.cumsum(jnp.where(there, jnp.where(holds, k, 1), 0), -1)
     slots = jnp.arange(n + i * (k - 1))
-    word = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(end)
+    past = end[:, None, :] <= slots[None, :, None]  # words that end before a slot
+    word = past.sum(-1, dtype=jnp.int32)
     word = jnp.minimum(word, n - 1)
     of_word = lambda a: gather(a, word, axis=1)  # noqa: E731
     vision, number = of_word(holds), jnp.cumsum(holds, -1) - 1

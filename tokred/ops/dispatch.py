@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -17,6 +18,9 @@ class Choice(NamedTuple):
 
 _CHOICES: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "choices", default=None
+)
+_PREFERRED: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+    "preferred", default=MappingProxyType({})
 )
 
 
@@ -41,13 +45,24 @@ def note(op: str, used: str, why: str = "") -> None:
         warnings.warn(f"ops.{op}: {why}; {used!r} is used instead.", stacklevel=3)
 
 
+@contextlib.contextmanager
+def prefer(**implementations: str) -> Iterator[None]:
+    """Programs traced inside take these implementations, by name of the operation, where a call
+    names none: prefer(segment_sum="one_hot")."""
+    token = _PREFERRED.set({**_PREFERRED.get(), **implementations})
+    try:
+        yield
+    finally:
+        _PREFERRED.reset(token)
+
+
 def choose(op: str, name: str | None, table: Mapping[str, Callable], default: str) -> Callable:
-    """The entry of `table` called `name`; None takes `default`.
+    """The entry of `table` called `name`; None takes what is preferred, or `default`.
 
     Raises:
       ValueError: no entry has that name.
     """
-    picked = default if name is None else name
+    picked = _PREFERRED.get().get(op, default) if name is None else name
     if picked not in table:
         raise ValueError(
             f"ops.{op}: implementation={name!r} is unknown; choose one of {sorted(table)} or None."

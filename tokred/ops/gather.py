@@ -40,20 +40,29 @@ def put(
     rows: Shaped[Array, "..."],
     *,
     axis: int,
+    implementation: str | None = None,
 ) -> Shaped[Array, "..."]:
     """`x` with `rows` at the distinct `index` along `axis`; what lies outside is not written.
 
     Shapes: x [*L N *T], index [*I K] with *I broadcasting to the end of *L, rows [*L K *T].
     Gradient: to `x` and `rows`, without any sum, unlike that of a gather.
     """
-
-    def one(x: Array, index: Array, rows: Array) -> Array:
-        return x.at[index].set(rows, mode="drop", unique_indices=True)
-
-    lead = x.shape[:axis]
+    table = {"scatter": _write, "where": _write_where}
+    one, lead = choose("put", implementation, table, "scatter"), x.shape[:axis]
     for _ in lead:  # local on a sharded batch
         one = jax.vmap(one)
     return one(x, jnp.broadcast_to(index, (*lead, index.shape[-1])), rows)
+
+
+def _write(x: Array, index: Array, rows: Array) -> Array:
+    return x.at[index].set(rows, mode="drop", unique_indices=True)
+
+
+def _write_where(x: Array, index: Array, rows: Array) -> Array:
+    """Every row of `x` looks for itself among the indices."""
+    mine = jnp.arange(x.shape[0])[:, None] == index[None]  # [N K]
+    new = jnp.take(rows, jnp.argmax(mine, -1), axis=0, mode="clip")
+    return jnp.where(jnp.expand_dims(mine.any(-1), range(1, x.ndim)), new, x)
 
 
 def _take(x: Array, index: Array, axis: int) -> Array:

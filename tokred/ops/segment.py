@@ -61,8 +61,8 @@ def _scatter_sum(x: Array, target: Array, k: int, axis: int) -> Array:
 
 def _one_hot_sum(x: Array, target: Array, k: int, axis: int) -> Array:
     def one(rows: Array, t: Array) -> Array:
-        hot = jax.nn.one_hot(t, k, dtype=rows.dtype)
-        nobody = (t >= k).reshape(t.shape + (1,) * (rows.ndim - 1))
+        hot = (t[:, None] == jnp.arange(k)[None]).astype(rows.dtype)
+        nobody = jnp.expand_dims(t >= k, range(1, rows.ndim))
         rows = jnp.where(nobody, jnp.zeros_like(rows), rows)  # NaN of padding stays outside
         return jnp.tensordot(hot, rows, ((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
 
