@@ -11,5 +11,5 @@ from tokred.train.recipes import continued_config
 def get_config(arg: str = "") -> Config:
     config = continued_config()
     config.train.method = "mrt5"
-    config.train.options = {"keep": 0.5, "gate": "stride", "layer": 2}
+    config.train.options = {"keep": 0.5, "gate": "stride", "layer": 3}
     return finish(config, arg)

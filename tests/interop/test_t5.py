@@ -148,7 +148,7 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path):
     weights = starting_weights(make_setup(config))
     want = split_model(model)[1].params
     assert set(weights.params) - set(want) == {
-        f"reductions/before_2/{name}" for name in ("norm/scale", "score/bias", "score/kernel")
+        f"reductions/before_3/{name}" for name in ("norm/scale", "score/bias", "score/kernel")
     }
     for name, array in want.items():
         np.testing.assert_array_equal(weights.params[name], array, err_msg=name)

@@ -147,6 +147,6 @@ def test_a_missing_controller_is_named_on_resume(tmp_path: Path):
     fixed = ("train.options.coefficient=0.1", "train.steps=2", "evaluate.rounds=1")
     run_job(load_config(recipe("mrt5_bytes"), (*QUIET, *fixed)), tmp_path)
     config = load_config(recipe("mrt5_bytes"), QUIET)
-    with pytest.raises(ValueError, match=r"controllers/before_2/") as error:
+    with pytest.raises(ValueError, match=r"controllers/before_3/") as error:
         run_job(config, tmp_path, allow_changes=True)
     assert "\n" not in str(error.value)

@@ -18,9 +18,9 @@ def span_config() -> Config:
     """What the recipes on corrupted bytes share: a small encoder-decoder on the same sources."""
     config = default_config("seq2seq")
     config.model.update({"width": 96, "depth": 4, "decoder_depth": 2, "heads": 3, "head_dim": 32})
-    config.model.update({"hidden": 256, "context": 64, "target_context": 48, "sink": True})
+    config.model.update({"hidden": 256, "context": 128, "target_context": 65, "sink": True})
     config.data.options = {"mean_span": 3.0, "density": 0.3}
-    config.data.update({"length": 64, "batch": 48, "eval_batch": 64, "eval_rows": 2048})
+    config.data.update({"length": 128, "batch": 24, "eval_batch": 64, "eval_rows": 2048})
     config.train.steps = 3000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.1})
     config.optimizer.scales = (("/relative/", 20.0),)
@@ -30,11 +30,10 @@ def span_config() -> Config:
 def continued_config() -> Config:
     """What the recipes that go on from a model of `span_config` share; set start_from.
 
-    15 % of the bytes as published; spans of ten, since the published twenty are too long for rows
-    of 64.
+    15 % of the bytes in spans of twenty, as published: in rows of 128, one span at the end.
     """
     config = span_config()
-    config.data.options.update({"mean_span": 10.0, "density": 0.15})
+    config.data.options.update({"mean_span": 20.0, "density": 0.15})
     config.train.steps = 2000
     config.optimizer.update({"lr": 5e-4, "schedule": "linear", "warmup": 0.0, "end": 0.0})
     config.log.every = 25
