@@ -1,5 +1,6 @@
 """What the README claims is current: its table of methods, and its commands."""
 
+import importlib
 import json
 import re
 import shlex
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tokred.__main__ import make_parser
+from tokred.__main__ import SCRIPTS, make_parser
 from tokred.cli.methods import methods_markdown
 
 README = Path(__file__).parents[1] / "README.md"
@@ -34,7 +35,11 @@ def test_the_table_of_methods_is_current():
 def test_commands_parse(line: str):
     arguments = shlex.split(line.split("python -m tokred", 1)[1], comments=True)
     stops = (index for index, word in enumerate(arguments) if word in ("|", ">", "&&", ";"))
-    make_parser().parse_args(arguments[: next(stops, len(arguments))])
+    arguments = arguments[: next(stops, len(arguments))]
+    if arguments[0] in SCRIPTS:
+        importlib.import_module(SCRIPTS[arguments[0]][0]).make_parser().read(arguments[1:])
+    else:
+        make_parser().parse_args(arguments)
 
 
 def test_the_bench_command_is_shown():

@@ -34,8 +34,8 @@ GRAPHS, WEIGHTS = ("stablehlo", "onnx"), ("safetensors", "orbax")
 LICENCE = "not stated; set by --licence"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes, and verifies if asked."""
+def make_parser() -> Arguments:
+    """The parser of the command."""
     parser = Arguments(prog="python -m tokred export", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run of train.py")
     parser.add_argument("--to", required=True, choices=(*GRAPHS, *WEIGHTS))
@@ -50,7 +50,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--functions", help="names, separated by commas, to write these alone")
     parser.add_argument("--licence", default=LICENCE, help="of the weights, for metadata.json")
     parser.add_argument("--verify", action="store_true", help="run it in a fresh process, compare")
-    args, _ = parser.read(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes, and verifies if asked."""
+    args, _ = make_parser().read(argv)
     setup, weights = restore_setup(args.workdir)
     plans = _plans(setup, weights, args)
     about = {"licence": args.licence, **describe_run(setup, plans)}

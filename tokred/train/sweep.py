@@ -69,8 +69,8 @@ class Job:
     more: tuple[float, ...] = ()
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs what is left of a sweep, or one job of it."""
+def make_parser() -> Arguments:
+    """The parser of the command."""
     parser = Arguments(prog="python -m tokred sweep", description=__doc__)
     parser.add_argument("config", help="configs/sweep/NAME.py or configs/sweep/NAME.py:smoke")
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is written")
@@ -79,7 +79,12 @@ def main(argv: Sequence[str]) -> None:
     only.add_argument("--jobs", action="store_true", help="print a command per job, run nothing")
     only.add_argument("--job", metavar="NAME", help="run this one and write no table")
     only.add_argument("--collect", action="store_true", help="run nothing, write the table")
-    args, overrides = parser.read(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is left of a sweep, or one job of it."""
+    args, overrides = make_parser().read(argv)
     sweep = load_sweep(args.config)
     seeds = sweep.seeds if args.seeds is None else tuple(read_seeds(args.seeds))
     jobs = {job.name: job for job in list_jobs(sweep, args.workdir, seeds, overrides)}
