@@ -63,6 +63,7 @@ def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncached")
 def test_nor_on_the_parts_of_the_batch(request, alone):
     losses = curve(request, "8", "optimizer.accumulate=2")

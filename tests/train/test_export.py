@@ -12,6 +12,8 @@ from tokred.train.export import main, read_weights
 from tokred.train.job import run_job
 from tokred.train.setup import restore_setup
 
+pytestmark = pytest.mark.slow  # a run must be trained first; test_graphs writes untrained models
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
@@ -62,7 +64,6 @@ def test_weights_alone(workdir, tmp_path, kind: str, capsys):
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])
 def test_weights_are_read_by_another_process(workdir, tmp_path, kind: str, capsys):
     main([f"--workdir={workdir}", f"--to={kind}", f"--out={tmp_path}", "--verify"])

@@ -93,6 +93,7 @@ def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Pa
 RUNS = ("whole", "parts")
 
 
+@pytest.mark.slow
 def test_the_controllers_state_goes_on_where_it_stopped(tmp_path: Path):
     same_rate = ("optimizer.schedule=constant", "optimizer.warmup=0.0", "optimizer.end=0.0")
     at_once = ("train.options.delay=0", "evaluate.rounds=1")

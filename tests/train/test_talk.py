@@ -85,6 +85,7 @@ def test_a_matryoshka_job_goes_on_from_a_dense_one_and_aligns_first(tmp_path: Pa
     assert all(0 <= row["exact"] <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_part_starts_from_a_run_of_its_own(tmp_path: Path):
     images = load_config(str(RECIPES / "digits_dense.py:smoke"), QUIET)
     alone = make_setup(images)

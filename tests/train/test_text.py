@@ -70,6 +70,7 @@ def test_bits_per_byte():
     assert bits_per_byte(np.log(4.0), 2.0) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Path):
     config = load_config(recipe("lm_bytes_mod"), QUIET)
     rows = {row["method"]: row for row in run_job(config, tmp_path)}

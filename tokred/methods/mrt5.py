@@ -117,6 +117,7 @@ class MrT5(Reduction):
         rank = jnp.where(_prefix(tokens), jnp.inf, logits)
         k = self.counts(tokens.n, tokens.prefix)
         map_, aux["overflow"] = keep_where(kept, k, scores=rank, valid=tokens.valid)
+        aux |= routing.describe(routing.selected(map_), tokens.valid)  # what found no slot is gone
         aux["padding"] = 1.0 - routing.mean_over(map_.valid.astype(jnp.float32), None)
         return self._pack(tokens, gate, map_), map_, state, aux
 
