@@ -10,6 +10,7 @@ import pytest
 
 from tokred.__main__ import SCRIPTS, make_parser
 from tokred.cli.methods import methods_markdown
+from tokred.methods import registry
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- methods:start -->", "<!-- methods:end -->"
@@ -53,3 +54,16 @@ def test_the_table_of_pods_is_what_the_compiler_said():
         talk = " / ".join(str(count) for count in row["collectives"].values())
         line = f"| {memory} | {row['gflops']:.0f} | {talk} |"
         assert line in text, f"{row['pod']} {row['plan']}: {line}"
+
+
+@pytest.mark.slow
+def test_the_snippets_run_one_after_another(monkeypatch):
+    """As by a reader who follows; those that load weights need files, the README's own methods have
+    tests of their own."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    ours = [block for block in blocks if "register" not in block and "load(" not in block]
+    known: dict = {"__name__": "readme"}
+    for block in ours:
+        exec(compile(block, str(README), "exec"), known)
+    assert len(ours) >= 8 and len(blocks) - len(ours) <= 4
