@@ -80,16 +80,25 @@ def _write_onnx(function: Function, path: Path) -> None:
                 input_names=[_plain(name) for name in function.inputs],
                 output_names=[_result(name, function) for name in sorted(function.outputs)],
             )
-    except NotImplementedError as error:
+        _run_onnx(function, path)
+    except Exception as error:  # the converter and the runtime raise what they like
         raise ValueError(
-            f"export: function {function.name!r} has an operation that ONNX lacks ({error}); use "
-            "--to=stablehlo, or another method."
+            f"export: function {function.name!r} does not convert ({_first_line(error)}); give a "
+            "fixed --batch, or --to=stablehlo."
         ) from error
-    except jax.errors.JAXTypeError as error:
-        raise ValueError(
-            f"export: function {function.name!r} does not convert for any batch ({error}); give "
-            "--batch=N, or --to=stablehlo."
-        ) from error
+
+
+def _run_onnx(function: Function, path: Path) -> None:
+    """Raises what the runtime raises: a converter may write what does not run."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path))
+    inputs = {_plain(name): x for name, x in function.example().items()}
+    session.run(None, {x.name: inputs[x.name] for x in session.get_inputs()})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
