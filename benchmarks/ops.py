@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"rows": rows, **about}))
         return
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(viz.format_table(rows).replace("share", "of a block"))
+    shown = [row | {"block_share": row["share"]} for row in rows]
+    print(viz.format_table(shown, ("ms", "ms_low", "ms_high", "block_share")))
 
 
 def candidates(batch: int, tokens: int, width: int) -> Calls:

@@ -1,5 +1,6 @@
 """Functions of models as files: what they compute, written and run where tokred is not known."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -135,3 +136,14 @@ def test_what_cannot_be_written(tmp_path):
         functions_of(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="kind 'tflite' must be one of"):
         write_graphs([], tmp_path, "tflite", {})
+
+
+def test_the_model_that_was_given_stays_as_it_is():
+    scanned = dataclasses.replace(VIT, scan=True)
+    model, plan = made(ViT, scanned, "topk")
+    (logits,) = functions_of(model, plan, batch=2)
+    assert model.config is scanned
+    images = logits.example()["images"]
+    np.testing.assert_allclose(
+        logits.call(images)["logits"], model(jnp.asarray(images), plan=plan)[0], atol=1e-6
+    )

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tokred.interop.lean import lean
-from tokred.ops import gather, segment_sum
-from tokred.ops.dispatch import prefer
+from tokred.ops import gather, prefer, segment_sum
 
 X = jnp.arange(24.0).reshape(2, 3, 4)
 

@@ -49,7 +49,7 @@ def add_bench(commands: Any) -> None:
     budget = run.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=float, help="every method's keep ratio, in (0, 1]")
     budget.add_argument("--macs", type=float, help="target: this share of the dense MACs")
-    run.add_argument("--round-to", type=positive, default=1, metavar="EDGE", help=ROUND_TO)
+    run.add_argument("--round-to", type=positive, metavar="EDGE", help=ROUND_TO)
     run.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the computation")
     run.add_argument("--json", action="store_true", help="print JSON and nothing else")
     run.add_argument("--out", type=Path, metavar="DIR", help="write JSON there, under a full name")
@@ -144,7 +144,7 @@ def _refuse(args: argparse.Namespace, *options: str) -> None:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    budget = {"keep": args.keep, "ratio": args.macs, "round_to": args.round_to}
+    budget = {"keep": args.keep, "ratio": args.macs, "round_to": args.round_to or 1}
     return {"batch": args.batch, "rounds": args.rounds, **budget}
 
 
@@ -186,9 +186,7 @@ def _pairs(args: argparse.Namespace) -> About:
 
 
 def _talk(args: argparse.Namespace) -> About:
-    _refuse(args, "share", "remat", "best_dense", "train", "decode", "keep", "macs")
-    if args.round_to > 1:
-        raise ValueError(f"--round-to is not for {args.model!r}; choose --lengths yourself.")
+    _refuse(args, "share", "remat", "best_dense", "train", "decode", "keep", "macs", "round_to")
     dtype = {"dtype": jnp.dtype(args.dtype)}
     rows = bench_talk(
         vlm_config(args.model, vision=dtype, decoder=dtype),

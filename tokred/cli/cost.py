@@ -36,7 +36,7 @@ def add_cost(commands: Any) -> None:
     budget = run.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=float, help="every method's keep ratio, in (0, 1]")
     budget.add_argument("--macs", type=float, help="target: this share of the dense MACs")
-    run.add_argument("--round-to", type=positive, default=1, metavar="EDGE", help=ROUND_TO)
+    run.add_argument("--round-to", type=positive, metavar="EDGE", help=ROUND_TO)
     size = run.add_mutually_exclusive_group()
     size.add_argument("--image-size", type=positive, metavar="PIXELS", help="default 224")
     size.add_argument("--tokens", type=positive, help="of a sequence")
@@ -48,7 +48,7 @@ def _cost(args: argparse.Namespace) -> None:
     chosen = dict.fromkeys(["dense", *names(args.methods)])
     rows: list[dict[str, Any]] = []
     for name in chosen:
-        plan = choose_plan(config, name, args.keep, args.macs, args.round_to)
+        plan = choose_plan(config, name, args.keep, args.macs, args.round_to or 1)
         report = cost_report(kind, config, plan, batch=args.batch)
         rows.append({"method": name, **report})
     rows = [row | {"macs_ratio": row["macs"] / rows[0]["macs"]} for row in rows]

@@ -23,7 +23,7 @@ import numpy as np
 
 from tokred.interop.lean import lean
 from tokred.interop.portable import Function, describe
-from tokred.ops.dispatch import prefer
+from tokred.ops import prefer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BOUND = {"stablehlo": 1e-5, "onnx": 1e-4}
@@ -65,7 +65,7 @@ def _write_stablehlo(function: Function, path: Path) -> None:
 def _write_onnx(function: Function, path: Path) -> None:
     if importlib.util.find_spec("jax2onnx") is None:
         raise ImportError('ONNX needs jax2onnx and onnxruntime: pip install "tokred[export]".')
-    from jax2onnx import to_onnx
+    from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
 
     specs = list(function.inputs.values())
     with prefer(**PLAIN):
@@ -90,7 +90,7 @@ def _write_onnx(function: Function, path: Path) -> None:
 
 def _run_onnx(function: Function, path: Path) -> None:
     """Raises what the runtime raises: a converter may write what does not run."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(str(path))
     inputs = {_plain(name): x for name, x in function.example().items()}
@@ -153,6 +153,17 @@ print(json.dumps(worst))
 """
 
 
+def run_apart(script: str, out: Path, *more: Path) -> str:
+    """The last line that a script prints about an export, in a fresh process. Raises ValueError
+    with the last line of what went wrong."""
+    command = [sys.executable, "-c", script, str(out), *map(str, more)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"export: {out} does not run in a fresh process: {last}")
+    return ran.stdout.splitlines()[-1]
+
+
 def verify_graphs(out: Path) -> dict[str, float]:
     """The largest difference of each function from what was stored, found by a process that has
     never heard of tokred.
@@ -160,12 +171,7 @@ def verify_graphs(out: Path) -> dict[str, float]:
     Raises:
       ValueError: a file that does not run, or a difference above 1e-5 (StableHLO) or 1e-4 (ONNX).
     """
-    command = [sys.executable, "-c", CHECK, str(out)]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"export: {out} does not run in a fresh process: {last}")
-    worst = json.loads(ran.stdout.splitlines()[-1])
+    worst = json.loads(run_apart(CHECK, out))
     bound = BOUND[json.loads((out / "metadata.json").read_text())["kind"]]
     far = {name: off for name, off in worst.items() if not off <= bound}
     if far:

@@ -9,6 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array
 
 from tokred.cache import KVCache
@@ -76,10 +77,17 @@ def functions_of(
     if make is None:
         known = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"export: {type(model).__name__} is none of {known}; give its ViT or so.")
-    if getattr(model.config, "scan", False):
-        model.config = dataclasses.replace(model.config, scan=False)
-    made = make(model, plan.with_twin("packed"), size, tokens, steps)
+    made = make(_unrolled(model), plan.with_twin("packed"), size, tokens, steps)
     return [_function(name + suffix, call, inputs) for name, (call, inputs) in made.items()]
+
+
+def _unrolled(model: Any) -> Any:
+    """The model with its layers one after another; the one that was given stays as it is."""
+    if not getattr(model.config, "scan", False):
+        return model
+    other = nnx.merge(*nnx.split(model))
+    other.config = dataclasses.replace(model.config, scan=False)
+    return other
 
 
 def _function(name: str, call: Callable[..., Arrays], inputs: Shapes) -> Function:

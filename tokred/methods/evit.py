@@ -5,7 +5,7 @@ Official code: youweiliang/evit (Apache-2.0).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -69,11 +69,11 @@ def evit(
 ) -> Plan:
     """Class attention keeps tokens and fuses the others into one, in stages."""
     layers = stage_layers(layout.depth) if layers is None else layers
-    steps, n = [], layout.patches
+    plain, steps, n = EViT(keep, fuse), [], layout.patches
     for i in layers:
-        whole = EViT(keep, fuse).counts(n, 0)
-        extra = layout.rounded(whole) - whole
-        exact = EViT(keep, fuse).kept(n, 0) + extra if extra else None
-        steps.append((Site("mid", i), EViT(keep, fuse, exact)))
-        n = whole + extra
+        left = plain.counts(n, 0)
+        more = layout.rounded(left) - left
+        exact = replace(plain, tokens=plain.kept(n, 0) + more) if more else plain
+        steps.append((Site("mid", i), exact))
+        n = left + more
     return Plan(tuple(steps), name="evit")

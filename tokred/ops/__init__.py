@@ -14,7 +14,7 @@ from tokred.ops.attention import (
     softmax,
     weighted_values,
 )
-from tokred.ops.dispatch import Choice, watch_choices
+from tokred.ops.dispatch import Choice, prefer, watch_choices
 from tokred.ops.gather import gather, put
 from tokred.ops.segment import segment_max, segment_sum
 from tokred.ops.topk import top_k
@@ -29,6 +29,7 @@ __all__ = [
     "cached_probs",
     "gather",
     "position_mask",
+    "prefer",
     "put",
     "segment_max",
     "segment_sum",

@@ -213,14 +213,20 @@ def _find_get_config(path: Path) -> Callable[[str], Config]:
         raise FileNotFoundError(
             f"recipe {str(path)!r} does not exist{nearest(str(path), known) or '; see configs/.'}"
         )
+    module = import_file(path)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"recipe {str(path)!r} has no get_config(arg); see configs/ for examples.")
+    return module.get_config
+
+
+def import_file(path: Path) -> Any:
+    """The module that a file is. Raises ValueError for a file that is no python."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"recipe {str(path)!r} is no python file; give a file ending in .py.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"recipe {str(path)!r} has no get_config(arg); see configs/ for examples.")
-    return module.get_config
+    return module
 
 
 def _split_override(override: str) -> tuple[str, str]:

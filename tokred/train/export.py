@@ -11,8 +11,6 @@ preprocessing. --verify runs what was written in a fresh process and compares.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokred.interop.graphs import verify_graphs, write_graphs
+from tokred.interop.graphs import run_apart, verify_graphs, write_graphs
 from tokred.interop.portable import Function, functions_of
 from tokred.methods import make_plan
 from tokred.nn.skeleton import Weights
@@ -66,8 +64,8 @@ def main(argv: Sequence[str]) -> None:
         write_graphs(functions, args.out, args.to, about)
     print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
     if args.verify:
-        worst = verify_weights(args.out, args.workdir) if args.to in WEIGHTS else None
-        told = verify_graphs(args.out) if worst is None else worst
+        alone = args.to in WEIGHTS
+        told = verify_weights(args.out, args.workdir) if alone else verify_graphs(args.out)
         print(*(f"{name}: largest difference {off:.1e}" for name, off in told.items()), sep="\n")
 
 
@@ -192,12 +190,7 @@ def verify_weights(out: Path, workdir: Path) -> dict[str, float]:
     Raises:
       ValueError: files that cannot be read, or that differ at all.
     """
-    command = [sys.executable, "-c", COMPARE, str(out), str(workdir)]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"export: {out} cannot be read back: {last}")
-    worst = float(ran.stdout.splitlines()[-1])
+    worst = float(run_apart(COMPARE, out, workdir))
     if worst:
         raise ValueError(f"export: {out} differs from the checkpoint by {worst}.")
     return {"weights": worst}

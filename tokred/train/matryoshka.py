@@ -21,6 +21,7 @@ from tokred.methods import make_plan
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config, to_json
 from tokred.train.evaluate import macs_ratio, make_evaluator
+from tokred.train.finished import keep_rows, read_rows
 from tokred.train.inputs import make_inputs
 from tokred.train.job import train
 from tokred.train.seeds import read_seeds
@@ -94,10 +95,10 @@ def models(
 def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, Any]]) -> list[Row]:
     """Trains, or goes on, and evaluates with each of the options; kept in answers.json, which is
     read again as long as nothing has changed."""
-    told = json.loads(json.dumps({"config": to_json(config), "asked": list(asked)}))
-    path = workdir / "answers.json"
-    if path.exists() and (kept := json.loads(path.read_text()))["of"] == told:
-        return kept["rows"]
+    path, of = workdir / "answers.json", {"config": to_json(config), "asked": list(asked)}
+    kept = read_rows(path, of)
+    if kept is not None:
+        return kept
     setup = make_setup(config)
     inputs = make_inputs(config, setup.model, setup.mesh)
     weights = train(setup, inputs, workdir)
@@ -109,7 +110,7 @@ def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, A
         row["line"] = "a model for each" if name.startswith(ONLY) else name
         row |= make_evaluator(setup, inputs, plan)(weights)
         rows.append({**row, "macs_ratio": macs_ratio(setup, plan)})
-    path.write_text(json.dumps({"of": told, "rows": rows}) + "\n")
+    keep_rows(path, of, rows)
     return rows
 
 

@@ -8,6 +8,7 @@ for the seed.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokred import viz
 from tokred.train.cli import Arguments, run
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in read_seeds(args.seeds):
         for name, config, start in zip(names, configs, starts, strict=True):
             config.seed = seed
-            config.start_from = start and start.replace("{seed}", str(seed))
+            config.start_from = fill_start(start, seed=seed)
             alone = len(recipes) == 1
             workdir = args.workdir if alone else args.workdir / name
             found = run_job(config, workdir / f"seed_{seed}")
@@ -39,6 +40,13 @@ def main(argv: Sequence[str]) -> None:
     write_results(args.workdir / "results.json", rows, configs[0])
     viz.plot_pareto(rows, args.workdir / "pareto.png")
     print(viz.format_table(rows))
+
+
+def fill_start(start: str | None, **known: Any) -> str | None:
+    """A config's start_from with what is known for '{seed}' and other names in braces."""
+    for name, value in known.items():
+        start = start and start.replace(f"{{{name}}}", str(value))
+    return start
 
 
 def read_seeds(text: str, flag: str = "--seeds") -> list[int]:

@@ -9,7 +9,6 @@ runs one, --collect writes the table of what is there. A job that was stopped go
 checkpoint.
 """
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tokred.train.cli import Arguments
-from tokred.train.config import Config, load_config, to_json
+from tokred.train.config import Config, import_file, load_config, to_json
+from tokred.train.finished import keep_rows, read_rows
 from tokred.train.job import evaluate_job, run_job
-from tokred.train.seeds import read_seeds
+from tokred.train.seeds import fill_start, read_seeds
 from tokred.train.tidy import Row, write_report
 
 DENSE, SMALLER = "dense", "smaller dense"
@@ -97,10 +97,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         rows: list[Row] = []
         for name, job in jobs.items():
-            if args.collect and finished(job, args.workdir) is None:
+            found = finished(job, args.workdir) if args.collect else run(job, args.workdir)
+            if found is None:
                 print(f"{name} is not finished and not in the table", file=sys.stderr)
-            else:
-                rows += run(job, args.workdir)
+            rows += found or []
         _tell_strangers(jobs, args.workdir)
         write_report(rows, args.workdir, shlex.join(command), sweep.score)
 
@@ -113,12 +113,9 @@ def load_sweep(recipe: str) -> Sweep:
       FileNotFoundError: no such file. ValueError: it is no sweep, or names something twice.
     """
     path, _, arg = recipe.partition(":")
-    spec = importlib.util.spec_from_file_location("sweep", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
+    if not Path(path).is_file():
         raise FileNotFoundError(f"sweep {path!r} is no python file; see configs/sweep/.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sweep = getattr(module, "get_sweep", lambda: None)()
+    sweep = getattr(import_file(Path(path)), "get_sweep", lambda: None)()
     if not isinstance(sweep, Sweep):
         raise ValueError(f"sweep {path!r} has no get_sweep() of a Sweep; see configs/sweep/.")
     check_names(sweep)
@@ -157,9 +154,8 @@ def list_jobs(
                 own = [] if budget is None else [f"{trial.field}={budget}"]
                 config = load_config(trial.recipe, [*overrides, *trial.changes, *own])
                 config.seed, config.evaluate.methods = seed, ()
-                config.start_from = config.start_from and config.start_from.format(
-                    dense=workdir / DENSE / f"seed_{seed}", seed=seed
-                )
+                base = workdir / DENSE / f"seed_{seed}"
+                config.start_from = fill_start(config.start_from, seed=seed, dense=base)
                 part = "" if budget is None else f"/{budget:g}"
                 yield Job(f"{name}{part}/seed_{seed}", name, budget, config)
 
@@ -180,15 +176,11 @@ def run_named(name: str, jobs: Mapping[str, Job], workdir: Path) -> None:
 
 def finished(job: Job, workdir: Path) -> list[Row] | None:
     """The rows of a finished job; None where it is not finished, or was another job."""
-    path = workdir / job.name / "rows.json"
-    if not path.exists():
-        return None
-    kept = json.loads(path.read_text())
-    return kept["rows"] if kept["of"] == _identity(job) else None
+    return read_rows(workdir / job.name / "rows.json", _identity(job))
 
 
 def _identity(job: Job) -> Any:
-    return json.loads(json.dumps({"config": to_json(job.config), "more": job.more}))
+    return {"config": to_json(job.config), "more": job.more}
 
 
 def run(job: Job, workdir: Path) -> list[Row]:
@@ -204,9 +196,7 @@ def run(job: Job, workdir: Path) -> list[Row]:
         others = evaluate_job(here, methods=job.config.evaluate.methods, ratio=ratio)
         found += [row | {"budget": ratio} for row in others if row["method"] != DENSE]
     rows = [_named(job, row) for row in found if _belongs(job, row)]
-    partial = here / "rows.json.part"
-    partial.write_text(json.dumps({"of": _identity(job), "rows": rows}) + "\n")
-    partial.rename(here / "rows.json")
+    keep_rows(here / "rows.json", _identity(job), rows)
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from tokred import viz
+from tokred.cost.bench import device_name
 
 Row = dict[str, Any]
 FIRST = ("line", "budget", "seed", "method")
@@ -47,13 +48,13 @@ def write_report(
     viz.plot_frontier(told, workdir / "frontier.png", score)
     text = viz.format_table([_labelled(row) for row in told], _columns(told, score))
     seeds = sorted({row["seed"] for row in told})
-    device, cores = jax.devices()[0].device_kind, os.cpu_count()
     about = (
         f"Seeds {', '.join(map(str, seeds))}: mean ± half the range. MACs are of one example, as a "
         "share of the dense model's; milliseconds are medians within one run, beside the dense "
         "model of that run."
     )
-    made = f"Made on {device} ({cores} cores, {platform.machine()}), jax {jax.__version__}."
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    made = f"Made on {device_name()}, {machine}, jax {jax.__version__}."
     parts = (
         f"```bash\n{command}\n```",
         about,

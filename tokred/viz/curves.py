@@ -114,7 +114,9 @@ def _draw_line(panel: Any, number: int, name: str, x: Any, mean: Any, low: Any, 
         reach = np.abs(np.array([low, high]) - np.array(mean))
         panel.errorbar(x, mean, reach, color=colour, marker=marker, linestyle="none", label=name)
         return
-    panel.plot(x, mean, color=colour, linestyle=LINES[number % 4], marker=marker, label=name)
+    panel.plot(
+        x, mean, color=colour, linestyle=LINES[number % len(LINES)], marker=marker, label=name
+    )
     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 

@@ -47,6 +47,7 @@ FIELDS = {
     "compile_ratio": ("compile ratio", 1, 2),
     "temp_bytes": ("temp MB", 1e-6, 0),
     "share": ("share", 1, 3),
+    "block_share": ("of a block", 1, 3),
     "used_bytes": ("used MB", 1e-6, 2),
     "bytes": ("moved MB", 1e-6, 1),
     "activations": ("activations M", 1e-6, 2),

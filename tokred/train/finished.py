@@ -1,0 +1,26 @@
+"""Rows of finished runs: kept beside them, and read again as long as nothing has changed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, of: Mapping[str, Any]) -> list[Row] | None:
+    """What `keep_rows` wrote there of the same run; None where it is not finished, or is another.
+
+    of: all that the rows follow from, as JSON has it.
+    """
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["rows"] if kept["of"] == json.loads(json.dumps(of)) else None
+
+
+def keep_rows(path: Path, of: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Written whole or not at all."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps({"of": of, "rows": rows}) + "\n")
+    partial.rename(path)
