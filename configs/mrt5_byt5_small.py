@@ -3,8 +3,9 @@
 python train.py --config=configs/mrt5_byt5_small.py --workdir=runs/mrt5_byt5_small \\
   --config.start_from=DIR  # google/byt5-small as config.json and model.safetensors
 
-3000 steps of 1024 sequences, bytes of fifteen languages in equal parts (TFDS mc4, prepared), in 8
-parts; as released, AdamW at a rate that falls linearly from 1e-4. Not run at full size here.
+3000 steps (the released script: 5000) of 1024 sequences, bytes of fifteen languages in equal parts
+(TFDS mc4, prepared), in 8 parts; as released, AdamW at a rate that falls linearly from 1e-4. Not
+run at full size here.
 """
 
 from tokred.data.languages import MRT5

@@ -51,6 +51,10 @@ def check(function: Callable) -> Callable:
 jaxtyping.install_import_hook("tokred", f"{__name__}.check")
 
 
+# What was imported lives as long as the tests do, and traces leave much that is young.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
+
 MAPS = Path("/proc/self/maps")
 MANY = 20_000  # Linux allows a process 65 530 mappings, then compiling aborts
 

@@ -1,4 +1,4 @@
-"""The README's own connector: short, and a whole connector."""
+"""The connector that the guide writes: short, and a whole connector."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from flax import nnx
 from tokred.methods import make_plan, registry
 from tokred.models import ViT, ViTConfig
 
-README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "matryoshka.md"
 START, END = "<!-- own-connector:start -->", "<!-- own-connector:end -->"
 CONFIG = ViTConfig(
     image_size=(16, 24), patch=(4, 4), width=16, depth=2, heads=2, classes=5, pool="mean"
@@ -21,13 +21,13 @@ CONFIG = ViTConfig(
 
 @pytest.fixture(scope="module")
 def code() -> Iterator[str]:
-    """Registers the connector of the README for this module only."""
-    text = README.read_text()
-    assert text.count(START) == text.count(END) == 1, f"README.md needs {START} and {END} once"
+    """Registers the connector of the guide for this module only."""
+    text = GUIDE.read_text()
+    assert text.count(START) == text.count(END) == 1, f"{GUIDE.name} needs {START} and {END} once"
     code = text.split(START)[1].split(END)[0].split("```python\n")[1].split("```")[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_METHODS", dict(registry._METHODS))
-        exec(compile(code, str(README), "exec"), {"__name__": "own"})
+        exec(compile(code, str(GUIDE), "exec"), {"__name__": "own"})
         yield code
 
 

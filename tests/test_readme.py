@@ -1,4 +1,4 @@
-"""What the README claims is current: its table of methods, and its commands."""
+"""What README and guides claim is current: table of methods, commands, snippets, links."""
 
 import importlib
 import json
@@ -12,15 +12,16 @@ from tokred.__main__ import SCRIPTS, make_parser
 from tokred.cli.methods import methods_markdown
 from tokred.methods import registry
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 START, END = "<!-- methods:start -->", "<!-- methods:end -->"
 
 
 def commands() -> list[str]:
-    """Every `python -m tokred ...` of the bash blocks, continued lines joined."""
-    if not README.exists():
-        return []
-    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", README.read_text(), re.DOTALL)
+    """Every `python -m tokred ...` of the bash blocks of all pages, continued lines joined."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.search(r"python -m tokred(\s|$)", line.split("#")[0])]
 
@@ -48,22 +49,34 @@ def test_the_bench_command_is_shown():
 
 
 def test_the_table_of_pods_is_what_the_compiler_said():
-    text = README.read_text()
-    for row in json.loads((README.parent / "docs" / "pods.json").read_text()):
+    text = (ROOT / "docs" / "train.md").read_text()
+    for row in json.loads((ROOT / "docs" / "pods.json").read_text()):
         memory = f"{row['arguments_mib']:.0f} + {row['temp_mib']:.0f}"
         talk = " / ".join(str(count) for count in row["collectives"].values())
         line = f"| {memory} | {row['gflops']:.0f} | {talk} |"
         assert line in text, f"{row['pod']} {row['plan']}: {line}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    inside = [link for link in links if not re.match(r"[a-z]+:", link)]
+    missing = [link for link in inside if not (page.parent / link).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+
+
 @pytest.mark.slow
-def test_the_snippets_run_one_after_another(monkeypatch):
-    """As by a reader who follows; those that load weights need files, the README's own methods have
-    tests of their own."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_snippets_run_one_after_another(page: Path, monkeypatch):
+    """As by a reader who follows; those that load weights need files, methods and connectors that a
+    page writes have tests of their own."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    ours = [block for block in blocks if "register" not in block and "load(" not in block]
-    known: dict = {"__name__": "readme"}
-    for block in ours:
-        exec(compile(block, str(README), "exec"), known)
-    assert len(ours) >= 8 and len(blocks) - len(ours) <= 4
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    known: dict = {"__name__": page.stem}
+    for block in blocks:
+        if "register" not in block and "load(" not in block:
+            exec(compile(block, str(page), "exec"), known)
+
+
+def test_there_are_snippets_to_run():
+    assert sum(page.read_text().count("```python\n") for page in PAGES) >= 12

@@ -56,7 +56,7 @@ def alone(request):
     return curve(request, "1")
 
 
-@pytest.mark.parametrize("mesh", ["8", "4x2", "2x2x2"])
+@pytest.mark.parametrize("mesh", ["8", "4x2", pytest.param("2x2x2", marks=pytest.mark.slow)])
 def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
     losses = curve(request, mesh)
     assert alone[-1] < alone[0] - 0.2

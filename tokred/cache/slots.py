@@ -79,6 +79,13 @@ class LayerCache:
         """Slots in use."""
         return self.valid.sum(-1, dtype=jnp.int32)
 
+    def entries(self, heads: int) -> Int[Array, "B heads"]:
+        """Entries of every key head, of which there are so many; a pool tells whose each is."""
+        if self.owner is None:
+            return jnp.broadcast_to(self.length, (len(self.length), heads))
+        theirs = self.valid & (self.owner == jnp.arange(heads)[None, :, None])
+        return theirs.sum(-1, dtype=jnp.int32)
+
     def mask(
         self, queries: Num[Array, "B N P"], window: int | None = None
     ) -> Bool[Array, "B G N C"]:
@@ -105,9 +112,12 @@ class LayerCache:
 
         Entries beyond the capacity are dropped and counted.
         """
-        write = jnp.ones(position.shape, bool) if write is None else write
-        rank = jnp.cumsum(write, axis=-1)[:, None, :] - 1  # [B 1 N]
-        free = self._free(write.shape[-1])
+        n = position.shape[-1]
+        if write is None:
+            write, rank = jnp.ones(position.shape, bool), jnp.arange(n)[None]
+        else:
+            rank = jnp.cumsum(write, axis=-1) - 1
+        rank, free = jnp.broadcast_to(rank, position.shape)[:, None], self._free(n)
         slot = gather(free, jnp.clip(rank, 0, free.shape[-1] - 1), axis=2)
         slot = jnp.where(write[:, None, :] & (rank < free.shape[-1]), slot, self.capacity)
         heads_first = lambda a: jnp.swapaxes(a, 1, 2)  # noqa: E731
@@ -234,6 +244,10 @@ class KVCache:
     def occupancy(self) -> Int[Array, "B L"]:
         """Slots in use, mean over heads rounded down, per example and layer."""
         return jnp.stack([c.length.sum(-1) // c.length.shape[-1] for c in self.layers], -1)
+
+    def entries(self, heads: int) -> Int[Array, "B L heads"]:
+        """Entries by example, layer and key head; heads: `kv_heads` of the model."""
+        return jnp.stack([c.entries(heads) for c in self.layers], 1)
 
 
 def make_layer_cache(

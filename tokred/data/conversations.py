@@ -1,4 +1,4 @@
-"""Examples of a vision-language model: images, and a row of ids that has a place for each of them.
+"""Examples of a vision-language model: images, and a row of ids that has a place for each of them::
 
     image float32 [I, Y, X, C]  zeros where there is none
     image_valid bool [I]        false there

@@ -73,13 +73,14 @@ def h2o(
     recent: int | float = 0.5,
     spare: int | None = 1,
     positions: str = "keep",
+    frozen: bool = False,
 ) -> Plan:
     """Cache entries with the most attention so far stay, and the latest ones.
 
     keep: share of a prompt's entries; budget: their number instead. recent: how many of them are
-    the latest, or which share. spare, positions: see `Eviction`.
+    the latest, or which share. spare, positions: see `Eviction`; frozen: `H2O`.
     """
-    how = H2O(budget or keep, spare, recent=recent, positions=positions)
+    how = H2O(budget or keep, spare, recent=recent, positions=positions, frozen=frozen)
     return Plan(((Site("cache"), how),), name="h2o")
 
 

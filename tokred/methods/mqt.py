@@ -38,7 +38,7 @@ def mqt(
 
     length: m, default keep * side^2. side: default that of the whole grid, officially 16.
     rule, choices: of lengths in training, see `nested.sample_length`; officially 'even'. look:
-    'positions', or 'tokens' for keys that are tokens with positions, our own variant. out_width:
+    'positions', or 'tokens' for keys that are tokens with positions, our own variant. out: width
     of the matrix behind, default the tokens' width.
 
     Raises:

@@ -343,8 +343,9 @@ def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array
     """`position`, or the places [B N] of valid tokens that follow `seen` [B] others."""
     if position is not None:
         return position
-    ones = jnp.ones(ids.shape, jnp.int32) if valid is None else valid.astype(jnp.int32)
-    return seen[:, None] + jnp.cumsum(ones, axis=-1) - 1
+    if valid is None:
+        return seen[:, None] + jnp.arange(ids.shape[1])[None]
+    return seen[:, None] + jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
 
 
 def check_ids(ids: Any, config: Any, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Sampling from decoders: prefill, then steps under one scan, all with static shapes."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,13 +49,15 @@ class Generated(NamedTuple):
     """ids: Int[B steps], 0 after the end · alive: Bool[B steps], up to the end token · logits:
     Float[B steps V] that each was drawn from · entered: by site, Bool[B steps], whether the token
     went into the layer when it was read (the last one is not) · cache: as the last step left it;
-    `cache.layers[i].dropped` counts tokens that found no slot."""
+    `cache.layers[i].dropped` counts tokens that found no slot · watched: [B steps ...], what was
+    watched after every step."""
 
     ids: Array
     alive: Array
     logits: Array
     entered: Mapping[str, Array]
     cache: KVCache
+    watched: Any = None
 
 
 def generate(
@@ -72,6 +74,7 @@ def generate(
     end: int | None = None,
     length: int | None = None,
     skip: bool = True,
+    watch: Callable[[KVCache], Any] | None = None,
 ) -> Generated:
     """Continues prompts of different lengths (`valid`, padded on either side) by `steps` tokens.
 
@@ -82,7 +85,9 @@ def generate(
     choosing among all of a prompt's tokens is what is meant. extra: per-token arrays of the prompt
     that reductions read; generated tokens have zeros, and 'generated' counts them (prompt: -1).
     end: the token that ends a row. length: slots of the cache, default prompt and steps. skip:
-    leave out a layer that no row enters. Static: steps, plan, prefill, sampling, end, length, skip.
+    leave out a layer that no row enters. watch: what to keep of the cache after every step, arrays
+    [B ...]; such as `lambda cache: cache.entries(heads)`. Static: steps, plan, prefill, sampling,
+    end, length, skip, watch.
 
     Raises:
       ValueError: more tokens than the context or the cache holds, a plan without a trained gate, or
@@ -103,16 +108,12 @@ def generate(
     )
     first = _last(report.restore(logits), valid)  # tokens of the prompt may have left
     take = functools.partial(
-        _step, model, plan.with_twin("causal"), extra, sampling, key, end, skip
+        _step, model, plan.with_twin("causal"), extra, sampling, key, end, skip, watch
     )
     alive = jnp.ones((prompt.shape[0],), bool)
-    (cache, _, _), (ids, lives, drawn, entered) = jax.lax.scan(
-        take, (cache, first, alive), jnp.arange(steps)
-    )
-    rows = lambda a: jnp.swapaxes(a, 0, 1)  # noqa: E731
-    return Generated(
-        rows(ids), rows(lives), rows(drawn), {k: rows(v) for k, v in entered.items()}, cache
-    )
+    (cache, _, _), told = jax.lax.scan(take, (cache, first, alive), jnp.arange(steps))
+    ids, lives, drawn, entered, watched = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
+    return Generated(ids, lives, drawn, entered, cache, watched)
 
 
 def _step(
@@ -123,9 +124,10 @@ def _step(
     key: Any,
     end: int | None,
     skip: bool,
+    watch: Callable[[KVCache], Any] | None,
     carry: tuple[KVCache, Array, Array],
     step: Array,
-) -> tuple[tuple[KVCache, Array, Array], tuple[Array, Array, Array, dict[str, Array]]]:
+) -> tuple[tuple[KVCache, Array, Array], tuple[Array, Array, Array, dict[str, Array], Any]]:
     """Draws a token from the logits so far and reads it."""
     cache, logits, alive = carry
     ids = jnp.where(alive, sampling(logits, _fold(key, 2 * step + 1)), 0)
@@ -136,12 +138,13 @@ def _step(
         cache,
         plan=plan,
         call=Call(key=_fold(key, 2 * step + 2), skip=skip),
-        valid=alive[:, None],
+        valid=None if end is None else alive[:, None],
         extra=mine,
     )
     goes_on = alive if end is None else alive & (ids != end)
     told = {site: seen[:, 0] for site, seen in report.entered.items()}
-    return (cache, following[:, 0], goes_on), (ids, alive, logits, told)
+    watched = None if watch is None else watch(cache)
+    return (cache, following[:, 0], goes_on), (ids, alive, logits, told, watched)
 
 
 def _fold(key: Any, number: int | Array) -> Any:

@@ -10,6 +10,7 @@ Pictures need matplotlib (pip install "tokred[train]"), which is imported when t
 from tokred.viz.curves import plot_curves, plot_frontier, plot_lengths
 from tokred.viz.deletion import deletion_html, deletion_rates, deletion_text, write_deletion
 from tokred.viz.kept import paint_tokens, plot_tokens
+from tokred.viz.occupancy import plot_occupancy, plot_schedules
 from tokred.viz.pareto import plot_pareto
 from tokred.viz.routing import plot_routing, routing_html, routing_text, write_routing
 from tokred.viz.table import FIELDS, format_table
@@ -24,8 +25,10 @@ __all__ = [
     "plot_curves",
     "plot_frontier",
     "plot_lengths",
+    "plot_occupancy",
     "plot_pareto",
     "plot_routing",
+    "plot_schedules",
     "plot_tokens",
     "routing_html",
     "routing_text",
