@@ -33,13 +33,15 @@ def mqt(
     heads: int | None = None,
     out: int | None = None,
     look: str = "positions",
+    start: str = "drawn",
 ) -> Plan:
     """The first m of side x side learned queries, any m at inference.
 
     length: m, default keep * side^2. side: default that of the whole grid, officially 16.
     rule, choices: of lengths in training, see `nested.sample_length`; officially 'even'. look:
     'positions', or 'tokens' for keys that are tokens with positions, our own variant. out: width
-    of the matrix behind, default the tokens' width.
+    of the matrix behind, default the tokens' width. start: 'local' lets each query begin with the
+    tokens around one place, see `ResamplerShape`.
 
     Raises:
       ValueError: an unknown look, or a length that is 0 or above side^2.
@@ -51,7 +53,7 @@ def mqt(
     shape = ResamplerShape(
         layout.width, heads or layout.heads, side**2, positions="only" if only else "keys",
         query="norm", key="norm" if only else "", value="norm" if only else "",
-        entry="" if only else "norm", out="bare", out_width=out,
+        entry="" if only else "norm", out="bare", out_width=out, start=start,
     )  # fmt: skip
     length = max(1, routing.share_of(side**2, keep)) if length is None else length
     return connector("mqt", layout, shape, length=length, rule=rule, choices=tuple(choices))

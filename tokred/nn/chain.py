@@ -78,6 +78,11 @@ def grown(names: str, width: int, out: int) -> int:
     return out if any(word in ("linear", "bare") for word in names.split()) else width
 
 
+def linears(chain: Chain) -> list[nnx.Linear]:
+    """Those of its layers."""
+    return [layer for layer in chain.layers if isinstance(layer, nnx.Linear)]
+
+
 def chain_macs(names: str, width: int, out: int, hidden: int | None = None) -> int:
     """Multiply-accumulates of one token."""
     count = sum(word in ("linear", "bare") for word in names.split())

@@ -5,17 +5,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tokred.maps import fold, window_order
-from tokred.nn.chain import Chain, as_input, grown
+from tokred.nn.chain import Chain, as_input, grown, linears
 from tokred.nn.cross_attention import CrossAttention, PostBlock, PreBlock
 from tokred.nn.grids import grid_matrix, resize_matrix, sincos_2d
 from tokred.nn.locality import pool_regions
 from tokred.nn.regions import check_window, in_bins, region_matrix
 from tokred.nn.resampler_shape import ResamplerShape
 from tokred.ops import gather
+
+GAP = 3.0  # in logits
 
 
 class Resampled(NamedTuple):
@@ -54,6 +57,17 @@ class Resampler(nnx.Module):
         self.pool = _depthwise(self.source.out, s.window, rngs) if s.queries == "conv" else None
         self.blocks = nnx.List(_make_blocks(s, self.query.out, self.key.out, rngs))
         self.out = chain(s.out, self.query.out, s.out_width or self.query.out)
+        if s.start == "local":
+            self._start_local(side)
+
+    def _start_local(self, side: int) -> None:
+        """See `ResamplerShape.start`."""
+        (look,), places = self.blocks, self._position()
+        key = local_kernel(self.key(places), look.key.kernel[...], look.heads, side)
+        look.key.kernel[...], look.query.kernel[...] = key, key
+        for linear in (look.value, look.out, *linears(self.out)):
+            linear.kernel[...] = jnp.eye(*linear.kernel.shape)
+        self.table[...] = self.table[...] + places[spread(side)] - places
 
     def __call__(
         self,
@@ -172,6 +186,27 @@ class Resampler(nnx.Module):
             q, weights = block(q, key, value, valid=valid, mask=mask)
             total.append(weights.mean(-3, keepdims=True))
         return Resampled(q, jnp.stack(total).mean(0))
+
+
+def local_kernel(
+    places: Float[Array, "M C"], drawn: Float[Array, "C E"], heads: int, side: int
+) -> Float[Array, "C E"]:
+    """A projection of queries and keys alike under which a place looks at itself, and at its
+    neighbours in the row by e^-GAP of that; what all places have in common is left out."""
+    common = places.mean(0)
+    common = common / jnp.linalg.norm(common)
+    kernel = drawn - jnp.outer(common, common @ drawn)
+    seen = (places @ kernel).reshape(side, side, heads, -1)
+    apart = jnp.square(seen[:, 1:] - seen[:, :-1]).sum(-1) / 2
+    return kernel * jnp.sqrt(GAP * math.sqrt(seen.shape[-1]) / apart.mean())
+
+
+def spread(side: int) -> Int[np.ndarray, " K"]:
+    """The cells of a square grid in an order whose every beginning covers it evenly."""
+    places, bits = np.divmod(np.arange(side**2), side), (side - 1).bit_length()
+    digit = lambda b: 2 * (places[0] >> b & 1) + (places[1] >> b & 1)  # noqa: E731
+    rank = sum(digit(b) << 2 * (bits - 1 - b) for b in range(bits))
+    return np.argsort(rank, kind="stable")
 
 
 def causal(n: int) -> Bool[Array, "K K"]:

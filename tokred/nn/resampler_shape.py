@@ -14,6 +14,7 @@ REGIONS = ("global", "window", "given", "matrix")
 POSITIONS = ("none", "keys", "both", "only")
 FORMS = ("plain", "residual", "pre", "post")
 MASKS = ("none", "causal")
+STARTS = ("drawn", "local")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class ResamplerShape:
     `PreBlock` and `PostBlock`; block: their options. looks_every: which 'post' blocks look at the
     image. mask: 'causal', a query sees only those before it (and its results do not change when
     later ones are cut off). attention: options of `CrossAttention`. out_width: None for D.
+    start: 'drawn' · 'local', for one plain look at positions alone: each query begins with the mean
+    of the tokens around one place, the first m of them at places that cover the grid, and what
+    values pass through begins as the identity, so that a connector that is put into a trained model
+    begins close to what was there.
     """
 
     width: int
@@ -64,6 +69,7 @@ class ResamplerShape:
     mask: str = "none"
     attention: tuple[tuple[str, Any], ...] = ()
     eps: float = 1e-6
+    start: str = "drawn"
 
     def __post_init__(self) -> None:
         one_of = {
@@ -72,6 +78,7 @@ class ResamplerShape:
             "positions": POSITIONS,
             "form": FORMS,
             "mask": MASKS,
+            "start": STARTS,
         }
         how = dict(self.attention)
         for field, known in one_of.items():
@@ -88,6 +95,13 @@ class ResamplerShape:
             raise ValueError(
                 f"Resampler: count={self.count} queries have positions on a square grid; use "
                 f"{math.isqrt(self.count) ** 2} or positions='none'."
+            )
+
+        looks = (self.queries, self.region, self.positions, self.form)
+        if self.start == "local" and looks != ("learned", "global", "only", "plain"):
+            raise ValueError(
+                "Resampler: start='local' is for learned queries that look once, at the positions "
+                "of all tokens; use start='drawn'."
             )
 
     @property
