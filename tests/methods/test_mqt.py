@@ -1,5 +1,7 @@
 """Matryoshka queries that begin where they look."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,13 @@ CONFIG = ViTConfig(image_size=(16, 16), patch=(4, 4), width=96, depth=1, heads=3
 
 
 def local(side, **changed):
-    how = {"positions": "only", "query": "norm", "key": "norm", "out": "bare", "start": "local"}
+    how: dict[str, Any] = {
+        "positions": "only",
+        "query": "norm",
+        "key": "norm",
+        "out": "bare",
+        "start": "local",
+    }
     return ResamplerShape(96, 3, side**2, **(how | changed))
 
 

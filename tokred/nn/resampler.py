@@ -58,16 +58,17 @@ class Resampler(nnx.Module):
         self.blocks = nnx.List(_make_blocks(s, self.query.out, self.key.out, rngs))
         self.out = chain(s.out, self.query.out, s.out_width or self.query.out)
         if s.start == "local":
-            self._start_local(side)
+            self._start_local(self.table, side)
 
-    def _start_local(self, side: int) -> None:
+    def _start_local(self, table: Any, side: int) -> None:
         """See `ResamplerShape.start`."""
         (look,), places = self.blocks, self._position()
         key = local_kernel(self.key(places), look.key.kernel[...], look.heads, side)
         look.key.kernel[...], look.query.kernel[...] = key, key
         for linear in (look.value, look.out, *linears(self.out)):
-            linear.kernel[...] = jnp.eye(*linear.kernel.shape)
-        self.table[...] = self.table[...] + places[spread(side)] - places
+            into, out = linear.kernel.shape
+            linear.kernel[...] = jnp.eye(into, out)
+        table[...] = table[...] + places[spread(side)] - places
 
     def __call__(
         self,
