@@ -26,7 +26,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def rows(model: Any) -> dict:
-    names = ["knorm", "snapkv", "kivi", "zipcache"]
+    names = ["knorm", "snapkv", "kivi", "zipcache", "razor"]
     how = {"steps": STEPS, "rounds": 1}
     found = compare_caches(model, TEXTS, [NEEDLES], names, [1.0, 0.5], **how)
     return {(row["method"], row["budget"]): row for row in found}
@@ -45,6 +45,11 @@ def test_half_a_cache_is_half_the_bytes(rows: dict):
     assert half["cache_ratio"] == pytest.approx(9 / 17)  # and room for one token each
     assert half["perplexity"] != rows["dense", None]["perplexity"]
     assert ("streaming_llm", 0.5) in rows  # a window of the latest, as a baseline
+
+
+def test_heads_that_look_far_back_are_found_first(rows: dict):
+    assert rows["razor", 1.0]["perplexity_ratio"] == pytest.approx(1, abs=0.01)  # steps fold
+    assert 9 / 17 < rows["razor", 0.5]["cache_ratio"] < 1
 
 
 def test_what_is_out_of_reach_says_so(rows: dict):

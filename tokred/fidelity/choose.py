@@ -1,6 +1,7 @@
 """Which methods are compared, and the plan of each at a budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tokred.cost import solve_keep
@@ -8,7 +9,9 @@ from tokred.interop import what_fits
 from tokred.methods import get_method, list_methods, make_plan
 from tokred.plan import Layout, Plan
 
+Options = Mapping[str, Mapping[str, Any]]
 ALL = "all"
+NONE: Options = MappingProxyType({})
 DENSE = Plan()
 
 
@@ -37,22 +40,27 @@ def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
 
 
 def choose_methods(
-    model: Any, methods: Sequence[str], baselines: Sequence[str], *, cache: bool = False
+    model: Any,
+    methods: Sequence[str],
+    baselines: Sequence[str],
+    *,
+    cache: bool = False,
+    options: Options = NONE,
 ) -> list[str]:
     """These methods, or for 'all' every one that fits and learns nothing; then the baselines that
-    fit. cache: of those for the cache, otherwise of the others.
+    fit. cache: of those for the cache, otherwise of the others. options: see `what_fits`.
 
     Raises:
       ValueError: an unknown method, one that has to learn first, or one that does not fit.
     """
     mine = lambda name: (get_method(name).site == "cache") == cache  # noqa: E731
     asked = [name for name in dict.fromkeys(methods) if name not in (ALL, "dense")]
-    for row in what_fits(model, asked) if asked else ():
+    for row in what_fits(model, asked, options) if asked else ():
         _require(model, row, mine(row["method"]), cache)
     more = [m.name for m in list_methods() if not m.learned and m.name != "dense"]
     more = (more if ALL in methods else []) + list(baselines)
     more = [name for name in dict.fromkeys(more) if name not in asked and mine(name)]
-    fit = what_fits(model, more) if more else []
+    fit = what_fits(model, more, options) if more else []
     return asked + [row["method"] for row in fit if row["fits"]]
 
 
@@ -77,12 +85,12 @@ def at_macs(config: Any, name: str, budget: float) -> Candidate:
         return Candidate(name, budget, None, str(error))
 
 
-def at_share(layout: Layout, name: str, budget: float) -> Candidate:
+def at_share(layout: Layout, name: str, budget: float, **options: Any) -> Candidate:
     """The method with `keep` at the budget; without a budget of its own as it is."""
     if "keep" not in get_method(name).options:
-        return Candidate(name, None, make_plan(name, layout))
+        return Candidate(name, None, make_plan(name, layout, **options))
     try:
-        return Candidate(name, budget, make_plan(name, layout, keep=budget))
+        return Candidate(name, budget, make_plan(name, layout, keep=budget, **options))
     except ValueError as error:
         return Candidate(name, budget, None, str(error))
 

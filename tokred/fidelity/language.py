@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tokred.cache import KVCache
-from tokred.fidelity.choose import Candidate, at_share, candidates, choose_methods
+from tokred.cache import KVCache, choose_heads, score_heads
+from tokred.fidelity.choose import ALL, Candidate, at_share, candidates, choose_methods
 from tokred.fidelity.prompts import Prompts, keep, kept_bytes, read_prompts
 from tokred.fidelity.times import timed
 from tokred.models import Decoder
@@ -19,6 +19,7 @@ from tokred.plan import Plan
 
 Row = dict[str, Any]
 Encode = Callable[[str], Sequence[int]]
+RAZOR = "razor"  # which heads look far back is found before
 BASELINES = ("streaming_llm",)  # with its four sinks a window of the latest entries
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIELDS = (
@@ -128,7 +129,7 @@ def compare_caches(
 
     texts: a prompt each, read as a whole under the plan, and `steps` tokens, which are scored one
     by one with what the cache holds by then. budgets: shares of a prompt's entries that stay (with
-    quest: that are read).
+    quest: that are read; with razor: that stay in heads which do not look far back).
     Row: method, budget, why (it is out of reach, the rest is None then), perplexity of those
     tokens, perplexity_ratio, agrees (share of the dense model's greedy continuation that is
     likeliest here too, given what comes before), needle (`recall`, mean), needles by
@@ -138,10 +139,12 @@ def compare_caches(
     Raises:
       ValueError: methods or budgets that do not fit.
     """
-    names = choose_methods(model, methods, BASELINES, cache=True)
+    options = {RAZOR: {"heads": far_heads(model)}} if {RAZOR, ALL} & {*methods} else {}
+    names = choose_methods(model, methods, BASELINES, cache=True, options=options)
     split = texts.shape[1] - steps
     layout = model.config.layout_of(split)
-    found = candidates(lambda name, b: at_share(layout, name, b), names, budgets)
+    at = lambda name, b: at_share(layout, name, b, **options.get(name, {}))  # noqa: E731
+    found = candidates(at, names, budgets)
     prompts, more = read_prompts(model, texts[:, :split]), texts[:, split:]
     asked = [(read_prompts(model, some.prompts), some) for some in needles]
     seen: dict[Candidate, Row] = {}
@@ -168,6 +171,13 @@ def compare_caches(
         programs[candidate] = lambda r=reader, s=state: r.follow(s, more)
     times = timed(programs, rounds, per=steps, warmup=0)
     return [_row(c, seen[c] | times.get(c, {}), seen[found[0]]) for c in found]
+
+
+def far_heads(model: Decoder, copies: int = 4) -> tuple[tuple[bool, ...], ...]:
+    """The key heads of each layer that look far back, on as long a text as the model reads."""
+    length, key = model.config.context // copies, jax.random.key(0)
+    run = jax.jit(lambda model: score_heads(model, key=key, length=length, copies=copies))
+    return choose_heads(run(model), model.config.groups)
 
 
 def find_needles(reader: Reader, asked: Sequence[tuple[Prompts, Needles]]) -> dict[str, float]:

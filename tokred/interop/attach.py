@@ -1,6 +1,7 @@
 """Plans for models that exist, and what fits them."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -101,16 +102,21 @@ def _outline(model: Any, plan: Plan) -> tuple[Skeleton, Weights]:
     return skeleton, shapes
 
 
-def what_fits(model: Any, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """These methods, or all, with their defaults: {'method', 'fits', 'learned', 'why'}, why it does
-    not. Each is built and traced, nothing is computed."""
-    return [_fit(model, name) for name in methods or [m.name for m in list_methods()]]
+def what_fits(
+    model: Any,
+    methods: Sequence[str] = (),
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """These methods, or all: {'method', 'fits', 'learned', 'why'}, why it does not. Each is built
+    and traced, nothing is computed. options: of methods by name, beside their defaults."""
+    names = methods or [m.name for m in list_methods()]
+    return [_fit(model, name, options.get(name, {})) for name in names]
 
 
-def _fit(model: Any, name: str) -> dict[str, Any]:
+def _fit(model: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     row = {"method": name, "fits": True, "learned": get_method(name).learned, "why": ""}
     try:
-        plan, _ = find_plan(model, name, None, "mid", {})
+        plan, _ = find_plan(model, name, None, "mid", options)
         skeleton, shapes = _outline(model, plan)
         inputs = example(model)
 
