@@ -92,6 +92,7 @@ def test_salient_is_what_the_newest_query_looks_at(step: int, example: int):
             np.testing.assert_array_equal(np.sort(new[new >= 0]), np.sort(held))
 
 
+@pytest.mark.slow
 def test_slots_of_full_precision_do_not_grow_with_the_text():
     plans = [zipcache(CONFIG.layout, gap=gap) for gap in (None, 8)]
     grows, stays = (generate(MODEL, IDS[:, :N], steps=24, plan=plan).cache for plan in plans)

@@ -68,6 +68,7 @@ def look(trained, twin: str):
     return run(state, {name: jnp.asarray(a) for name, a in HELD_OUT.items()})
 
 
+@pytest.mark.slow
 def test_the_gate_decides_as_the_top_k_did(trained):
     (accuracy, packed), (alone, causal) = look(trained, "packed"), look(trained, "causal")
     chosen, decided = (r.aux["around_1"]["entered"] for r in (packed, causal))

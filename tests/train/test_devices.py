@@ -56,7 +56,9 @@ def alone(request):
     return curve(request, "1")
 
 
-@pytest.mark.parametrize("mesh", ["8", "4x2", pytest.param("2x2x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["4x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8", "2x2x2"))]
+)
 def test_the_curve_does_not_depend_on_the_devices(request, alone, mesh):
     losses = curve(request, mesh)
     assert alone[-1] < alone[0] - 0.2

@@ -77,6 +77,7 @@ def test_the_checkpoint_carries_the_learned_schedule(finished):
     assert stored == {"method": "diffrate", "counts": counts}
 
 
+@pytest.mark.slow
 def test_other_budgets_and_methods_on_the_same_weights(finished):
     workdir, rows = finished
     dense, evit = evaluate_job(workdir, methods=["evit"], ratio=0.8)

@@ -76,6 +76,7 @@ def test_metrics_tell_the_rate_and_the_coefficient():
     assert float(after["before_1"]["p"]) != pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_resumes_and_is_evaluated_from_its_checkpoint(tmp_path: Path):
     config = load_config(recipe("mrt5_bytes"), (*QUIET, "train.options.layer=2"))
     rows = {row["method"]: row for row in run_job(config, tmp_path)}

@@ -61,6 +61,7 @@ def test_a_run_of_another_width_is_no_start(dense, tmp_path):
         go(tmp_path, f"start_from={dense[0]}", "model.width=32")
 
 
+@pytest.mark.slow
 def test_a_teacher_comes_from_another_run(dense, tmp_path):
     more = ["train.method=evit", "train.options.keep=0.5", "distill.features=0.5"]
     _, lines = go(tmp_path, f"distill.workdir={dense[0]}", *more)
