@@ -73,3 +73,32 @@ def test_prompts_with_other_images_than_there_are_are_refused():
     with pytest.raises(ValueError, match=r"prompt 0 has 1 image tokens .* for 2 images"):
         check_prompt(ids, 9, None, None, 2)
     check_prompt(ids, 9, jnp.asarray([[True], [False]]), None, 1)
+
+
+def test_tokens_may_stand_where_they_are_in_the_image():
+    """Two of four patches of a 2 x 2 grid, the second between both of its row: text goes on behind
+    the whole grid."""
+    ids = jnp.array([[1, 9, 2, 3]])
+    place = jnp.array([[[[0.0, 1.0], [1.0, 0.4]]]])
+    images = Tokens(jnp.ones((1, 1, 2, 1)), position=place)
+    text = ids.astype(jnp.float32)[..., None]
+    out = splice(text, ids == IMAGE, images, grid=(2, 2)).tokens
+    assert out.position[0, :, 0].tolist() == [0, 2, 3, 5, 6]
+
+
+def test_whole_images_stand_as_they_are_counted():
+    ids = jnp.asarray(PROMPTS["padded"])
+    place = jnp.stack(jnp.meshgrid(jnp.arange(2.0), jnp.arange(3.0), indexing="ij"), -1)
+    images = Tokens(jnp.ones((2, 2, 6, 1)), position=place.reshape(1, 1, 6, 2))
+    valid = ids != PAD
+    text = jnp.asarray(ids, jnp.float32)[..., None]
+    counted = splice(text, ids == IMAGE, images, valid=valid).tokens
+    placed = splice(text, ids == IMAGE, images, valid=valid, grid=(2, 3)).tokens
+    np.testing.assert_array_equal(counted.position, placed.position)
+
+
+def test_tokens_without_a_place_cannot_stand_there():
+    with pytest.raises(ValueError, match="needs tokens with a row and a column"):
+        splice(
+            jnp.ones((1, 1, 1)), jnp.ones((1, 1), bool), Tokens(jnp.ones((1, 1, 2, 1))), grid=(1, 2)
+        )

@@ -200,3 +200,25 @@ def test_bad_input_is_named():
         vision_plan("tokenpacker", window=3).of("vision").counts(CONFIG.layout)
     with pytest.raises(ValueError, match="image_id=13 lies outside"):
         dataclasses.replace(CONFIG, image_id=13)
+
+
+def test_tokens_that_are_left_may_stand_where_they_were():
+    """Whole images as they are counted; behind a cell of each 2 x 2 patches, text goes on behind
+    the whole image, in one pass and step by step."""
+    placed = build(config=dataclasses.replace(CONFIG, image_positions="place"))
+    np.testing.assert_allclose(run(placed)[0], run(build())[0], atol=2e-5)
+    plan = vision_plan("uniform", keep=0.25, site="output")
+    ids, images = IDS[:1, :5], pictures()[:1]
+    spliced, _ = placed.read(ids, images, plan=plan)
+    assert spliced.tokens.n == 3 + 2 * 4 and spliced.tokens.position.max() == 3 + 2 * 16 - 1 - 5
+    out = generate(Prompted(placed, images, plan), ids, steps=2)
+    longer = jnp.concatenate([ids, out.ids[:, :1]], 1)
+    want, _ = placed(longer, images, plan=plan)
+    np.testing.assert_allclose(out.logits[0, 1, :12], want[0, -1, :12], atol=2e-4)
+
+
+def test_positions_of_images_are_named():
+    with pytest.raises(ValueError, match="must be 'count' or 'place'"):
+        dataclasses.replace(CONFIG, image_positions="both")
+    with pytest.raises(ValueError, match="leave one of them as it is"):
+        dataclasses.replace(CONFIG, image_positions="place", image_step=0.5)

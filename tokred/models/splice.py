@@ -17,15 +17,17 @@ from tokred.positions import v2pe_positions
 from tokred.tokens import Tokens, make_tokens
 
 
-@functools.partial(register_dataclass, data_fields=["tokens", "place"], meta_fields=[])
+@functools.partial(register_dataclass, data_fields=["tokens", "place", "after"], meta_fields=[])
 @dataclass(frozen=True)
 class Spliced:
     """tokens of text and images, M = N + I (K - 1) slots; extra['vision'] Bool[B M] and
     extra['frame'] Int[B M], the number of a token's image, -1 for text. place Int[B N]: where each
-    id of the text is among them; of a placeholder, its image's last token."""
+    id of the text is among them; of a placeholder, its image's last token. after Float[B]: the
+    position that follows."""
 
     tokens: Tokens
     place: Any
+    after: Any
 
 
 def splice(
@@ -35,13 +37,16 @@ def splice(
     *,
     valid: Bool[Array, "B N"] | None = None,
     step: float = 1.0,
+    grid: tuple[int, int] | None = None,
 ) -> Spliced:
     """Every placeholder gives way to the K tokens of the next image; other tokens move apart.
 
     text: embedded ids. holds: which of them are placeholders. images: x [B I K D], perhaps with
     `valid`; those that no placeholder holds a place for are left out. valid: of the text, padding
     on either side. Positions count valid tokens; step: that of an image's tokens, see
-    `v2pe_positions`. Gathers along the sequence alone, so that a sharded batch stays local.
+    `v2pe_positions`. grid: instead, an image takes as many positions as the grid has patches, and
+    each of its tokens stands at the patch nearest to its own place, whatever is left of the others.
+    Gathers along the sequence alone, so that a sharded batch stays local.
     Gradient: to text and images.
     """
     (b, n), (i, k) = holds.shape, images.x.shape[1:3]
@@ -61,9 +66,26 @@ def splice(
     real = slots[None, :] < end[:, -1:]
     real &= gather(jnp.concatenate([there, seen.reshape(b, -1)], 1), index, axis=1)
     x = gather(jnp.concatenate([text, unfold(images.x).astype(text.dtype)], 1), index, axis=1)
-    return Spliced(
-        _tokens(x, real, vision & real, jnp.where(real, frame, -1), step), _last(real, end)
-    )
+    tokens = _tokens(x, real, vision & real, jnp.where(real, frame, -1), step)
+    after = jnp.ceil(tokens.positions()[..., 0].max(-1)) + 1
+    if grid is not None:
+        room = jnp.where(there, jnp.where(holds, grid[0] * grid[1], 1), 0)
+        inside = jnp.concatenate([jnp.zeros((b, n)), _nearest_patch(images, grid)], 1)
+        place = of_word(jnp.cumsum(room, -1) - room) + gather(inside, index, axis=1)
+        tokens = tokens.replace(position=jnp.where(real, place, -1.0)[..., None])
+        after = room.sum(-1).astype(jnp.float32)
+    return Spliced(tokens, _last(real, end), after)
+
+
+def _nearest_patch(images: Tokens, grid: tuple[int, int]) -> Float[Array, "B L"]:
+    """Number of the patch, row by row, of every token of all images of an example."""
+    if images.position is None or images.position.shape[-1] != 2:
+        raise ValueError(
+            "VLM: image_positions='place' needs tokens with a row and a column; use 'count'."
+        )
+    last = jnp.array(grid, jnp.float32) - 1
+    place = jnp.clip(jnp.round(images.positions()), 0, last.reshape(1, 1, 1, 2))
+    return unfold(place[..., 0] * grid[1] + place[..., 1])
 
 
 def _tokens(x: Array, real: Array, vision: Array, frame: Array, step: float) -> Tokens:

@@ -38,7 +38,9 @@ class VLMConfig:
     all with the final norm (LLaVA: all but one). projector: a `Chain` from the width of the
     connector's tokens to the decoder's, '' for none. images: of an example. image_id: the
     placeholder among the ids. image_step: of positions, see `v2pe_positions`. newline: whether
-    there is a learned token for the ends of an image's rows, see `anyres`.
+    there is a learned token for the ends of an image's rows, see `anyres`. image_positions: of an
+    image's tokens in the decoder, 'count' one after another · 'place' where they are in the whole
+    image, see `splice`.
     """
 
     vision: ViTConfig = _part(ViTConfig, classes=0)  # noqa: RUF009
@@ -49,12 +51,22 @@ class VLMConfig:
     image_id: int = IMAGE
     image_step: float = 1.0
     newline: bool = False
+    image_positions: str = "count"
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_id < self.decoder.vocab:
             raise ValueError(
                 f"VLMConfig: image_id={self.image_id} lies outside the decoder's vocabulary of "
                 f"{self.decoder.vocab}; raise decoder.vocab or change image_id."
+            )
+        if self.image_positions not in ("count", "place"):
+            raise ValueError(
+                f"VLMConfig: image_positions={self.image_positions!r} must be 'count' or 'place'."
+            )
+        if self.image_positions == "place" and self.image_step != 1:
+            raise ValueError(
+                f"VLMConfig: image_step={self.image_step} counts, which image_positions='place' "
+                "does not; leave one of them as it is."
             )
         if self.images < 1:
             raise ValueError(f"VLMConfig: images={self.images} must be at least 1; raise images.")
@@ -222,11 +234,14 @@ class VLM(nnx.Module):
         places = self.config.places(plan, images.shape[1])
         check_prompt(ids, self.config.image_id, image_valid, valid, places)
         given = self._given(ids, question, plan)
-        how: dict[str, Any] = {"plan": plan, "call": call, "given": given}
-        seen, reports = self.see(images, patch_valid=patch_valid, **how)
+        seen, reports = self.see(images, patch_valid=patch_valid, plan=plan, call=call, given=given)
         text = self.decoder.tokens(ids, None, jnp.zeros(ids.shape)).x
         holds = ids == self.config.image_id
-        spliced = splice(text, holds, seen, valid=valid, step=self.config.image_step)
+        grid = self.config.vision.grid if self.config.image_positions == "place" else None
+        if grid is not None and places != images.shape[1]:
+            raise ValueError("VLM: image_positions='place' is not for joined views; use 'count'.")
+        how = {"step": self.config.image_step, "grid": grid}
+        spliced = splice(text, holds, seen, valid=valid, **how)
         return spliced, reports
 
     def see(
@@ -365,9 +380,8 @@ class Prompted:
         tokens, report, filled = decoder.decode(
             tokens, plan=inner, call=call, cache=cache, fresh=True
         )
-        last = spliced.tokens.position[..., 0].max(-1)
         layers = cache.layers if filled is None else filled.layers
-        cache = cache.advance(layers, jnp.ceil(last) + 1)
+        cache = cache.advance(layers, spliced.after)
         whole = dataclasses.replace(report, tokens=tokens.replace(source=None))
         return self._text(self.model._logits(tokens, spliced.place)), cache, whole
 
