@@ -66,6 +66,11 @@ def test_fewer_queries_are_a_beginning():
     assert jnp.isfinite(kept).all()
 
 
+def test_a_single_one_has_no_neighbours():
+    with pytest.raises(ValueError, match="several learned queries"):
+        local(1)
+
+
 @pytest.mark.parametrize(
     "changed", [{"positions": "keys"}, {"queries": "average"}, {"form": "pre"}]
 )

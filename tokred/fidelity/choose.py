@@ -1,7 +1,6 @@
 """Which methods are compared, and the plan of each at a budget."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tokred.cost import solve_keep
@@ -11,7 +10,6 @@ from tokred.plan import Layout, Plan
 
 Options = Mapping[str, Mapping[str, Any]]
 ALL = "all"
-NONE: Options = MappingProxyType({})
 DENSE = Plan()
 
 
@@ -45,7 +43,7 @@ def choose_methods(
     baselines: Sequence[str],
     *,
     cache: bool = False,
-    options: Options = NONE,
+    options: Options | None = None,
 ) -> list[str]:
     """These methods, or for 'all' every one that fits and learns nothing; then the baselines that
     fit. cache: of those for the cache, otherwise of the others. options: see `what_fits`.

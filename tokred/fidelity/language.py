@@ -10,16 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tokred.cache import KVCache, choose_heads, score_heads
-from tokred.fidelity.choose import ALL, Candidate, at_share, candidates, choose_methods
+from tokred.fidelity.choose import ALL, Candidate, Options, at_share, candidates, choose_methods
 from tokred.fidelity.prompts import Prompts, keep, kept_bytes, read_prompts
 from tokred.fidelity.times import timed
+from tokred.methods import list_methods
 from tokred.models import Decoder
 from tokred.nn.skeleton import split_model
 from tokred.plan import Plan
 
 Row = dict[str, Any]
 Encode = Callable[[str], Sequence[int]]
-RAZOR = "razor"  # which heads look far back is found before
 BASELINES = ("streaming_llm",)  # with its four sinks a window of the latest entries
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIELDS = (
@@ -139,7 +139,7 @@ def compare_caches(
     Raises:
       ValueError: methods or budgets that do not fit.
     """
-    options = {RAZOR: {"heads": far_heads(model)}} if {RAZOR, ALL} & {*methods} else {}
+    options = found_first(model, methods)
     names = choose_methods(model, methods, BASELINES, cache=True, options=options)
     split = texts.shape[1] - steps
     layout = model.config.layout_of(split)
@@ -173,11 +173,17 @@ def compare_caches(
     return [_row(c, seen[c] | times.get(c, {}), seen[found[0]]) for c in found]
 
 
-def far_heads(model: Decoder, copies: int = 4) -> tuple[tuple[bool, ...], ...]:
-    """The key heads of each layer that look far back, on as long a text as the model reads."""
+def found_first(model: Decoder, methods: Sequence[str], copies: int = 4) -> Options:
+    """For methods that need 'heads': the key heads of each layer that look far back, on as long a
+    text as the model reads."""
+    asked = [m for m in list_methods() if {m.name, ALL} & {*methods}]
+    needy = [m.name for m in asked if "heads" in m.needs]
+    if not needy:
+        return {}
     length, key = model.config.context // copies, jax.random.key(0)
     run = jax.jit(lambda model: score_heads(model, key=key, length=length, copies=copies))
-    return choose_heads(run(model), model.config.groups)
+    heads = choose_heads(run(model), model.config.groups)
+    return {name: {"heads": heads} for name in needy}
 
 
 def find_needles(reader: Reader, asked: Sequence[tuple[Prompts, Needles]]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Plans for models that exist, and what fits them."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -105,12 +104,12 @@ def _outline(model: Any, plan: Plan) -> tuple[Skeleton, Weights]:
 def what_fits(
     model: Any,
     methods: Sequence[str] = (),
-    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """These methods, or all: {'method', 'fits', 'learned', 'why'}, why it does not. Each is built
     and traced, nothing is computed. options: of methods by name, beside their defaults."""
     names = methods or [m.name for m in list_methods()]
-    return [_fit(model, name, options.get(name, {})) for name in names]
+    return [_fit(model, name, (options or {}).get(name, {})) for name in names]
 
 
 def _fit(model: Any, name: str, options: Mapping[str, Any]) -> dict[str, Any]:

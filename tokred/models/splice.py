@@ -66,14 +66,16 @@ def splice(
     real = slots[None, :] < end[:, -1:]
     real &= gather(jnp.concatenate([there, seen.reshape(b, -1)], 1), index, axis=1)
     x = gather(jnp.concatenate([text, unfold(images.x).astype(text.dtype)], 1), index, axis=1)
-    tokens = _tokens(x, real, vision & real, jnp.where(real, frame, -1), step)
-    after = jnp.ceil(tokens.positions()[..., 0].max(-1)) + 1
-    if grid is not None:
+    extra = {"vision": vision & real, "frame": jnp.where(real, frame, -1)}
+    if grid is None:
+        position = _counted(real, step, **extra)
+        after = jnp.ceil(position.max(-1)) + 1
+    else:
         room = jnp.where(there, jnp.where(holds, grid[0] * grid[1], 1), 0)
         inside = jnp.concatenate([jnp.zeros((b, n)), _nearest_patch(images, grid)], 1)
-        place = of_word(jnp.cumsum(room, -1) - room) + gather(inside, index, axis=1)
-        tokens = tokens.replace(position=jnp.where(real, place, -1.0)[..., None])
+        position = of_word(jnp.cumsum(room, -1) - room) + gather(inside, index, axis=1)
         after = room.sum(-1).astype(jnp.float32)
+    tokens = make_tokens(x, valid=real, position=position[..., None], extra=extra)
     return Spliced(tokens, _last(real, end), after)
 
 
@@ -88,13 +90,10 @@ def _nearest_patch(images: Tokens, grid: tuple[int, int]) -> Float[Array, "B L"]
     return unfold(place[..., 0] * grid[1] + place[..., 1])
 
 
-def _tokens(x: Array, real: Array, vision: Array, frame: Array, step: float) -> Tokens:
+def _counted(real: Array, step: float, vision: Array, frame: Array) -> Float[Array, "B M"]:
     if step == 1.0:
-        position = (jnp.cumsum(real, -1) - 1).astype(jnp.float32)
-    else:
-        position = v2pe_positions(vision, step, valid=real, image=frame)
-    extra = {"vision": vision, "frame": frame}
-    return make_tokens(x, valid=real, position=position[..., None], extra=extra)
+        return (jnp.cumsum(real, -1) - 1).astype(jnp.float32)
+    return v2pe_positions(vision, step, valid=real, image=frame)
 
 
 def _last(real: Bool[Array, "B M"], end: Int[Array, "B N"]) -> Int[Array, "B N"]:

@@ -240,8 +240,8 @@ class VLM(nnx.Module):
         grid = self.config.vision.grid if self.config.image_positions == "place" else None
         if grid is not None and places != images.shape[1]:
             raise ValueError("VLM: image_positions='place' is not for joined views; use 'count'.")
-        how = {"step": self.config.image_step, "grid": grid}
-        spliced = splice(text, holds, seen, valid=valid, **how)
+        step = self.config.image_step
+        spliced = splice(text, holds, seen, valid=valid, step=step, grid=grid)
         return spliced, reports
 
     def see(

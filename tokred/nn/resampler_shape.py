@@ -97,11 +97,12 @@ class ResamplerShape:
                 f"{math.isqrt(self.count) ** 2} or positions='none'."
             )
 
-        looks = (self.queries, self.region, self.positions, self.form)
-        if self.start == "local" and looks != ("learned", "global", "only", "plain"):
+        looks = (self.queries, self.region, self.positions, self.form, self.attention)
+        fits = looks == ("learned", "global", "only", "plain", ()) and self.count > 1
+        if self.start == "local" and not fits:
             raise ValueError(
-                "Resampler: start='local' is for learned queries that look once, at the positions "
-                "of all tokens; use start='drawn'."
+                "Resampler: start='local' is for several learned queries that look once, at the "
+                "positions of all tokens; use start='drawn'."
             )
 
     @property
