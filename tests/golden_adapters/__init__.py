@@ -22,7 +22,7 @@ from tests.golden_adapters.nested import NESTED
 from tests.golden_adapters.resamplers import RESAMPLERS
 from tests.golden_adapters.slicing import SLICING
 from tests.golden_adapters.spans import SPANS
-from tests.golden_adapters.vit import VIT
+from tests.golden_adapters.vit import MERGED_BACK, VIT
 from tests.golden_adapters.widths import WIDTHS
 
 FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
@@ -47,7 +47,7 @@ FAMILIES: Mapping[str, Mapping[str, Adapter]] = {
         **RESAMPLERS["connectors"],
         **SLICING["connectors"],
     },
-    "gen": {**BOUNDARIES["gen"], **NESTED["gen"]},
+    "gen": {**BOUNDARIES["gen"], **NESTED["gen"], **MERGED_BACK},
     "kv": {**KV, **KV_STORAGE, **KV_TRACES},
     "vit": {**VIT, **CACHING, **CLUSTERS, **FUSION, **HALTING},
 }

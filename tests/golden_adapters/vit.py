@@ -1,9 +1,10 @@
-"""Adapters of the family `vit`: ToMe, EViT, Top-K, DynamicViT."""
+"""Adapters of the family `vit`: ToMe and its kin, EViT, Top-K, DynamicViT."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tests.golden_adapters.case import Adapter, Case, Output
@@ -18,7 +19,7 @@ from tokred.nn import Attention, Block, Here, KeepPredictor, run_block
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call
 from tokred.schedule import ramp, warm_keep_rate
-from tokred.select import keep_static, match_kth, match_random
+from tokred.select import keep_static, match_cells, match_kth, match_random
 from tokred.tokens import Tokens, make_tokens
 
 NORM_EPS = 1e-5  # of every block and predictor in this family; whole models have 1e-6
@@ -150,6 +151,20 @@ def tome_vit(case: Case) -> dict[str, Any]:
     return {"logits": logits, "size": tokens.sizes()[..., None], "source": source}
 
 
+def tomesd(case: Case) -> dict[str, Any]:
+    cell = case.settings["sy"], case.settings["sx"]
+    grid = case.settings["h"], case.settings["w"]
+    map_ = match_cells(case.inputs["metric"], case.settings["r"], grid, cell)
+    merged = map_.apply(case.inputs["values"], "mean")
+    return {"merged": merged, "unmerged": map_.restore(merged)}
+
+
+def as_rows(*pair: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Tokens in the order of their channels, for sets of them."""
+    rank = lambda x: np.lexsort(np.round(x, 4).T[::-1])  # noqa: E731
+    return tuple(np.stack([x[rank(x)] for x in a]) for a in pair)
+
+
 def tome_parse_r(case: Case) -> dict[str, Any]:
     """Row i of the settings gives the i-th output; an inflection of nan stands for the list in
     the output's name."""
@@ -226,4 +241,7 @@ VIT = {
     ),
     "evit_keep_rate": Adapter(evit_keep_rate, {"*": Output(1e-6, 1e-6)}, jit=False),
     "dynamicvit": Adapter(dynamicvit, CLOSE),
+}
+MERGED_BACK = {
+    "tomesd": Adapter(tomesd, {"merged": Output(1e-6, 1e-6, as_rows), "*": Output(1e-6, 1e-6)})
 }

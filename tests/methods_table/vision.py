@@ -11,6 +11,7 @@ from tokred.methods.mctf import MCTF
 from tokred.methods.pitome import PiToMe
 from tokred.methods.pooling import Pool
 from tokred.methods.tome import ToMe, ToMeKth, ToMeRandom
+from tokred.methods.tomesd import ToMeSD
 from tokred.methods.uniform import UniformGrid
 from tokred.methods.zero_tprune import ZeroTPrune
 
@@ -96,6 +97,18 @@ VISION = (
         merges=False,  # 15 patches are 7 pairs: the one that is over vanishes, as officially
         exempt={**NO_TWIN, "edge_all_but_one": "it leaves one of each `every`"},
         slow=True,
+    ),
+    Row(
+        "tomesd",
+        left=16,
+        easy={"keep": 0.7},
+        hard={"keep": 0.4, "layers": (1, 3), "site": "around_attention"},
+        padding=lambda layout: ToMeSD(layout.grid, 4),
+        merges=True,
+        exempt={
+            **NO_TWIN,
+            "edge_keep_one": "the class token enters the layer beside one of a cell",
+        },
     ),
     Row(
         "mctf",

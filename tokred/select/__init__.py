@@ -28,6 +28,7 @@ from tokred.select.keep import (
 from tokred.select.match import (
     alternate,
     match_bipartite,
+    match_cells,
     match_kth,
     match_random,
     match_sets,
@@ -54,6 +55,7 @@ __all__ = [
     "keep_top_k",
     "keep_where",
     "match_bipartite",
+    "match_cells",
     "match_kth",
     "match_random",
     "match_sets",

@@ -158,6 +158,48 @@ def match_random(
     return match_sets(similar, source, stay, r, n, front=range(prefix), valid=valid)
 
 
+def match_cells(
+    metric: Float[Array, "*B N E"],
+    r: int,
+    grid: tuple[int, int],
+    cell: tuple[int, int] = (2, 2),
+    *,
+    draws: Float[Array, " M"] | None = None,
+    prefix: int = 0,
+    valid: Bool[Array, "*B N"] | None = None,
+) -> Assign:
+    """ToMe for Stable Diffusion: of each whole cell of the grid one token stays, its first or
+    that with the smallest of `draws`; `r` of the others merge into the most similar.
+
+    r is clipped to the number of others. draws: of the M tokens behind the prefix, the same for all
+    examples. Output order: prefix, unmerged others by descending similarity, one of each cell.
+    Source: Bolya and Hoffman 2023, dbolya/tomesd `bipartite_soft_matching_random2d`.
+    """
+    *batch, n, _ = metric.shape
+    check_range("match_cells", "r", r, 0, n)
+    rows = lambda index: jnp.broadcast_to(index + prefix, (*batch, len(index)))  # noqa: E731
+    b, a = map(rows, _of_cells(grid, cell, draws))
+    of = lambda index: gather(metric, index, axis=len(batch))  # noqa: E731
+    r = min(r, a.shape[-1]) if b.shape[-1] else 0
+    return match_sets(cosine(of(a), of(b)), a, b, r, n, front=range(prefix), valid=valid)
+
+
+def _of_cells(
+    grid: tuple[int, int], cell: tuple[int, int], draws: Array | None
+) -> tuple[Int[Array, " K"] | np.ndarray, Int[Array, " R"] | np.ndarray]:
+    """(one token of each whole cell, all others)."""
+    (down, along), index = cell, np.arange(grid[0] * grid[1])
+    whole = index.reshape(grid)[: grid[0] // down * down, : grid[1] // along * along]
+    cells = whole.reshape(grid[0] // down, down, grid[1] // along, along).swapaxes(1, 2)
+    cells = cells.reshape(-1, down * along)
+    if draws is None:
+        return cells[:, 0], np.setdiff1d(index, cells[:, 0])
+    lowest = jnp.argmin(draws[cells], axis=-1)
+    stay = jnp.take_along_axis(jnp.asarray(cells), lowest[:, None], axis=-1)[:, 0]
+    there = jnp.zeros(len(index), bool).at[stay].set(True)
+    return stay, jnp.argsort(there, stable=True)[: len(index) - len(cells)]
+
+
 def merge_to_nearest(
     x: Float[Array, "*B N D"],
     k: int,
