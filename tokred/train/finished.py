@@ -1,7 +1,9 @@
 """Rows of finished runs: kept beside them, and read again as long as nothing has changed."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,17 @@ def keep_rows(path: Path, of: Mapping[str, Any], rows: Sequence[Row]) -> None:
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps({"of": of, "rows": rows}) + "\n")
     partial.rename(path)
+
+
+@contextlib.contextmanager
+def claim(workdir: Path) -> Iterator[bool]:
+    """Whether this process may work there: no other holds it, which ends with the other's block or
+    with the process itself."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

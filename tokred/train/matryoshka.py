@@ -7,21 +7,24 @@ first the connector, then everything (--config): Matryoshka queries whose length
 step, queries of one fixed length for each of --lengths, and average pooling, uniform and random
 tokens whose number is drawn likewise; answers with every length. Beside them a connector of one
 token that is told the question (QueCC), and the same without it. Writes DIR/results.json and
-DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds. A run that
-is finished is not repeated.
+DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds.
+
+A run that is finished is not repeated, one that was stopped goes on. The same command in several
+processes, one for each device or core, shares the runs among them.
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokred import viz
 from tokred.methods import make_plan
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config, to_json
 from tokred.train.evaluate import macs_ratio, make_evaluator
-from tokred.train.finished import keep_rows, read_rows
+from tokred.train.finished import claim, keep_rows, read_rows
 from tokred.train.inputs import make_inputs
 from tokred.train.job import train
 from tokred.train.seeds import read_seeds
@@ -33,6 +36,7 @@ RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
 CONDITIONED = {"quecc": True, "quecc without the question": False}
+ANSWERS, PAUSE = "answers.json", 5  # seconds between looks for what other processes finish
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,17 +50,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--baselines", default=",".join(BASELINES), help="of " + ",".join(BASELINES)
     )
+    parser.add_argument(
+        "--alone", type=int, help="steps of what has one length alone; default: the recipe's"
+    )
     args, overrides = parser.read(argv)
     lengths = read_seeds(args.lengths, "--lengths")
-    rows: list[Row] = []
+    names = [name for name in args.baselines.split(",") if name]
+    jobs: list[Job] = []
     for seed in read_seeds(args.seeds):
-        names = [name for name in args.baselines.split(",") if name]
         start = args.workdir / DENSE / f"seed_{seed}"
         dense = (DENSE, load_config(args.start, overrides), [{}])
-        for name, config, asked in (dense, *models(args.config, overrides, lengths, names)):
+        others = models(args.config, overrides, lengths, names, alone=args.alone)
+        for name, config, asked in (dense, *others):
             config.seed, config.start_from = seed, None if name == DENSE else str(start)
-            rows += answer(name, config, args.workdir / name / f"seed_{seed}", asked)
-            write(rows, args.workdir)
+            jobs.append(Job(name, config, args.workdir / name / f"seed_{seed}", asked))
+    rows = answer_all(jobs, args.workdir)
     print(viz.format_table(rows, [name for name in COLUMNS if all(name in row for row in rows)]))
 
 
@@ -64,9 +72,17 @@ COLUMNS = ("tokens", "exact", "macs_ratio", *(f"exact_{kind}" for kind in ("whic
 
 
 def models(
-    recipe: str, overrides: Sequence[str], lengths: Sequence[int], baselines: Sequence[str]
+    recipe: str,
+    overrides: Sequence[str],
+    lengths: Sequence[int],
+    baselines: Sequence[str],
+    *,
+    alone: int | None = None,
 ) -> Iterator[tuple[str, Config, list[dict[str, Any]]]]:
-    """(name, config, options of the plans to answer with) of every model."""
+    """(name, config, options of the plans to answer with) of every model.
+
+    alone: steps of those with one length, None for the recipe's.
+    """
 
     def config_of(**changes: Any) -> Config:
         config = load_config(recipe, overrides)
@@ -79,8 +95,9 @@ def models(
     each, whole = dict(config.train.options), make_setup(config).layout.tokens
     nested = [{**each, "length": m} for m in lengths]
     yield "mqt", config_of(each=tuple(lengths)), nested
+    steps = config.train.steps if alone is None else alone
     for options in nested:
-        fixed = config_of(vary="", each=(), options=options)
+        fixed = config_of(each=(options["length"],), steps=steps)
         yield f"{ONLY} {options['length']}", fixed, [options]
     for name in baselines:
         shares = [{"keep": m / whole, "site": "output"} for m in lengths]
@@ -89,16 +106,51 @@ def models(
         yield name, config_of(**how), shares
     for name, conditioned in CONDITIONED.items():
         options = {"keep": 1 / whole, "conditioned": conditioned}
-        yield name, config_of(method="quecc", options=options, vary="", each=()), [options]
+        how = {"method": "quecc", "options": options, "vary": "", "each": (), "steps": steps}
+        yield name, config_of(**how), [options]
 
 
-def answer(name: str, config: Config, workdir: Path, asked: Sequence[dict[str, Any]]) -> list[Row]:
+class Job(NamedTuple):
+    """A model to train and to answer with."""
+
+    name: str
+    config: Config
+    workdir: Path
+    asked: Sequence[dict[str, Any]]
+
+    @property
+    def ready(self) -> bool:
+        """Whether what it goes on from is finished."""
+        start = self.config.start_from
+        return start is None or (Path(start) / ANSWERS).exists()
+
+
+def answer_all(jobs: Sequence[Job], workdir: Path) -> list[Row]:
+    """The rows of all, in their order; what another process works at is left to it."""
+    found: dict[int, list[Row]] = {}
+    while len(found) < len(jobs):
+        before = len(found)
+        for i, job in enumerate(jobs):
+            if i in found or not job.ready:
+                continue
+            with claim(job.workdir) as mine:
+                if mine:
+                    found[i] = answer(job)
+                    write([row for i in sorted(found) for row in found[i]], workdir)
+        if len(found) == before:
+            time.sleep(PAUSE)
+    return [row for i in sorted(found) for row in found[i]]
+
+
+def answer(job: Job) -> list[Row]:
     """Trains, or goes on, and evaluates with each of the options; kept in answers.json, which is
     read again as long as nothing has changed."""
-    path, of = workdir / "answers.json", {"config": to_json(config), "asked": list(asked)}
+    name, config, workdir, asked = job
+    path, of = workdir / ANSWERS, {"config": to_json(config), "asked": list(asked)}
     kept = read_rows(path, of)
     if kept is not None:
         return kept
+    path.unlink(missing_ok=True)  # nothing goes on from what is trained again
     setup = make_setup(config)
     inputs = make_inputs(config, setup.model, setup.mesh)
     weights = train(setup, inputs, workdir)

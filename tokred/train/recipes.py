@@ -83,8 +83,10 @@ def grid_config() -> Config:
     vision.update({"width": 96, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "pool": "mean"})
     vision.position = "learned_sincos"
     decoder.update({"width": 96, "depth": 3, "heads": 3, "hidden": 192, "context": 96})
-    config.data.update({"batch": 64, "eval_batch": 100})
-    config.train.steps = 3000
+    config.model.image_positions = "place"
+    config.data.options = {"kinds": ("which", "row", "read")}
+    config.data.update({"batch": 48, "eval_batch": 100, "eval_rows": 2000})
+    config.train.steps = 1500
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.05})
     return config
 
@@ -94,5 +96,5 @@ def nested_config() -> Config:
     config = grid_config()
     config.train.method, config.train.vary = "mqt", "length"
     config.train.each = (1, 2, 4, 8, 16, 32, 64)
-    config.train.options = {"look": "tokens"}
+    config.train.options = {"start": "local"}
     return config
