@@ -110,7 +110,7 @@ def test_methods_lists_all(capsys):
 def test_a_wrong_value_is_one_sentence(capsys, arguments: list[str]):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and err.startswith("python -m tokred bench: ")
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("tokred bench: ")
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,10 @@ def test_cost_of_other_models(capsys, model: str):
     assert main(["cost", "--model", model, "--tokens", "128", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["compiled_macs"] == pytest.approx(row["macs"], rel=0.1)
+
+
+def test_a_command_without_its_extra_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokred.train.sweep", None)
+    assert main(["sweep", "configs/sweep/digits.py"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "install tokred[train,export]" in err

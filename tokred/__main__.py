@@ -1,6 +1,6 @@
-"""The command line: `python -m tokred bench` times methods, `... cost` counts, `... methods` lists
-them, `... pretrained` fetches real weights, `... sweep` trains recipes at several budgets,
-`... export` writes graphs and weights."""
+"""The command line, `tokred` or `python -m tokred`: `bench` times methods, `cost` counts, `methods`
+lists them, `pretrained` fetches real weights, `sweep` trains recipes at several budgets, `export`
+writes graphs and weights."""
 
 import argparse
 import importlib
@@ -24,20 +24,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 2 with one sentence on stderr for a user's error."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in SCRIPTS:
-        script = importlib.import_module(SCRIPTS[argv[0]][0])
-        importlib.import_module("tokred.train.cli").run(script.main, argv[1:])
-        return 0
+        return _run_script(*argv)
     args = make_parser().parse_args(argv)
     try:
         return args.run(args) or 0
     except ValueError as error:
-        print(f"python -m tokred {args.command}: {error}", file=sys.stderr)
+        print(f"tokred {args.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _run_script(name: str, *argv: str) -> int:
+    try:
+        script = importlib.import_module(SCRIPTS[name][0])
+        run = importlib.import_module("tokred.train.cli").run
+    except ModuleNotFoundError as error:
+        print(f"tokred {name}: {error}; install tokred[train,export].", file=sys.stderr)
+        return 2
+    run(script.main, argv)
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = Parser(prog="python -m tokred", description="Token reduction for JAX.")
+    parser = Parser(prog="tokred", description="Token reduction for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_bench, add_cost, add_methods):
         add(commands)
