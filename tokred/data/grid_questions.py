@@ -37,11 +37,11 @@ class GridQuestions:
     """A source of questions and, by `ask`, its transform; all of it static.
 
     split: 'train' (100 000 examples) or 'test' (2 000). cells: rows and columns. images: I.
-    kinds: some of KINDS, equally often. cell: side of a cell in pixels, with the digit in its
-    middle. empty: share of empty cells. shift: a training digit moves by up to so many pixels
-    inside its 8x8 box. where_image: placeholders in front of the prompt, between its words (each
-    drawn on its own), at its end, or drawn among all these places. length: N; None for the longest
-    example's. seed: of the test questions.
+    kinds: some of KINDS, equally often; what stands there twice, twice as often. cell: side of a
+    cell in pixels, with the digit in its middle. empty: share of empty cells. shift: a training
+    digit moves by up to so many pixels inside its 8x8 box. where_image: placeholders in front of
+    the prompt, between its words (each drawn on its own), at its end, or drawn among all these
+    places. length: N; None for the longest example's. seed: of the test questions.
     Raises ValueError for values that do not fit each other.
     """
 

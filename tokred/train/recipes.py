@@ -84,9 +84,9 @@ def grid_config() -> Config:
     vision.position = "learned_sincos"
     decoder.update({"width": 96, "depth": 3, "heads": 3, "hidden": 192, "context": 96})
     config.model.image_positions = "place"
-    config.data.options = {"kinds": ("which", "row", "read")}
+    config.data.options = {"kinds": ("which", "which", "row", "read")}
     config.data.update({"batch": 48, "eval_batch": 100, "eval_rows": 2000})
-    config.train.steps = 1500
+    config.train.steps = 2000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.05})
     return config
 
