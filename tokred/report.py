@@ -130,9 +130,10 @@ class Report:
 
 
 def join_reports(parts: Mapping[str, Report], last: str) -> Report:
-    """One Report of a model's parts: sites as 'part/site', tokens, sources and counts of `last`."""
+    """One Report of a model's parts: sites as 'part/site' (of the part '' by their own names),
+    tokens, sources and counts of `last`."""
     join = lambda field: {  # noqa: E731
-        f"{part}/{site}": value
+        f"{part}/{site}".removeprefix("/"): value
         for part, report in parts.items()
         for site, value in getattr(report, field).items()
     }

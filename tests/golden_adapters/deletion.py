@@ -13,7 +13,8 @@ from tests.golden_adapters.case import Adapter, Case, Output
 from tests.golden_adapters.weights import fill
 from tokred.gates import RateController
 from tokred.methods.mrt5 import MrT5
-from tokred.models.encoder_decoder import EncoderDecoderConfig, Stack
+from tokred.models.encoder_decoder import Stack
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.nn import Layers
 from tokred.nn.routers import DeleteGate
 from tokred.nn.t5_block import RelativeBias, T5Attention, T5Shape

@@ -158,4 +158,4 @@ def test_transformers_reads_our_files(name: str, tmp_path: Path):
     freeze: Any = pytest.importorskip("tests.interop.freeze", reason="needs torch, transformers")
     shutil.copy(FROZEN / name / "answers.npz", tokred.save(tokred.load(FROZEN / name), tmp_path))
     for key, wanted in freeze.answer(name, tmp_path).items():
-        np.testing.assert_allclose(answers_of(tmp_path)[key], wanted, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(answers_of(tmp_path)[key], wanted, atol=TOLERANCE, rtol=0)

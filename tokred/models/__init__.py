@@ -3,12 +3,8 @@
 from tokred.models.decoder import Decoder, DecoderConfig, decoder_config
 from tokred.models.dense_vit import DenseViT, DenseViTConfig
 from tokred.models.dual_encoder import DualEncoder, DualEncoderConfig
-from tokred.models.encoder_decoder import (
-    Conditioned,
-    EncoderDecoder,
-    EncoderDecoderConfig,
-    encoder_decoder_config,
-)
+from tokred.models.encoder_decoder import Conditioned, EncoderDecoder
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig, encoder_decoder_config
 from tokred.models.text_encoder import TextEncoder, TextEncoderConfig
 from tokred.models.vit import ViT, ViTConfig, vit_config
 from tokred.models.vlm import VLM, Prompted, VLMConfig

@@ -277,12 +277,7 @@ class Decoder(nnx.Module):
             made = (dataclasses.replace(layer, extent=extent) for layer in cache.layers)
             settled = tuple(reduction.settle(layer) for layer in made)
             return dataclasses.replace(cache, layers=settled)
-        skipped = [
-            (*plan.at("around", layer), *plan.at("around_attention", layer), *plan.enclosing(layer))
-            for layer in range(c.depth)
-        ]
-        slots = [min([length, *(r.cached(length) for _, r in steps)]) for steps in skipped]
-        return make_cache(batch, c.groups, slots, head_dim, dtype)
+        return make_cache(batch, c.groups, slots_of(plan, c.depth, length), head_dim, dtype)
 
     def tokens(
         self,
@@ -346,6 +341,15 @@ def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array
     if valid is None:
         return seen[:, None] + jnp.arange(ids.shape[1])[None]
     return seen[:, None] + jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
+
+
+def slots_of(plan: Plan, depth: int, length: int) -> list[int]:
+    """Of each layer's cache: as many as the reductions ask for by which tokens may skip it."""
+    skipped = [
+        (*plan.at("around", layer), *plan.at("around_attention", layer), *plan.enclosing(layer))
+        for layer in range(depth)
+    ]
+    return [min([length, *(r.cached(length) for _, r in steps)]) for steps in skipped]
 
 
 def check_ids(ids: Any, config: Any, plan: Plan) -> None:

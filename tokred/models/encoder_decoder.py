@@ -1,4 +1,5 @@
-"""Encoder-decoders of T5 v1.1's architecture (ByT5): a plan acts in the encoder.
+"""Encoder-decoders of T5 v1.1's architecture (ByT5): a plan acts in the encoder, and what it holds
+for the part 'decoder', there.
 
 What is left of the encoder's tokens, with their gates, is what the decoder looks at.
 """
@@ -13,112 +14,24 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache, Memory, make_cache
-from tokred.models.decoder import check_ids, count_positions
-from tokred.models.sizes import BYTE_T5, make_config
+from tokred.models.decoder import check_ids, count_positions, slots_of
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.nn.layers import Layers, LayersRan
-from tokred.nn.mlp import ACTIVATIONS
 from tokred.nn.t5_block import RelativeBias, T5Block, T5Shape, t5_norm
-from tokred.plan import Layout, Plan, nearest
-from tokred.report import Call, Report, make_report, reduce_model
+from tokred.plan import Layout, Plan
+from tokred.report import Call, Report, join_reports, make_report, reduce_model
 from tokred.tokens import Tokens
 
 DENSE = Plan()
 START = 0  # the id that a target begins with
 
 
-@dataclass(frozen=True)
-class EncoderDecoderConfig:
-    """Everything that shapes an encoder-decoder; all fields are static.
-
-    depth: layers of the encoder. context, target_context: most tokens of a source and of a target;
-    positions are relative, so that neither bounds what is learned. tie: the output reads the
-    embedding table. sink: attention may look at nothing (softmax1), in both stacks. Other fields:
-    see `T5Shape`. scan: see `Layers`.
-    """
-
-    vocab: int = 384
-    width: int = 256
-    depth: int = 6
-    decoder_depth: int = 2
-    heads: int = 4
-    head_dim: int = 64
-    hidden: int = 640
-    activation: str = "gelu_tanh"
-    buckets: int = 32
-    max_distance: int = 128
-    context: int = 1024
-    target_context: int = 256
-    norm_eps: float = 1e-6
-    sink: bool = False
-    tie: bool = False
-    scan: bool = False
-    attention: str | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"EncoderDecoderConfig: activation={self.activation!r} must be one of {ACTIVATIONS}"
-                f"{nearest(self.activation, ACTIVATIONS)}"
-            )
-
-    @property
-    def layout(self) -> Layout:
-        """What plans may know of the encoder, with a full context of tokens."""
-        return self.layout_of(self.context)
-
-    def layout_of(self, tokens: int) -> Layout:
-        """The same for sources of another length."""
-        return Layout.of_sequence(self.depth, tokens, self.width, self.heads)
-
-    @property
-    def projection_macs(self) -> tuple[int, int, int]:
-        """Of one token's query, key and value."""
-        one = self.pair_macs * self.width
-        return one, one, one
-
-    @property
-    def pair_macs(self) -> int:
-        """Of one query's logits or values with one key, all heads."""
-        return self.heads * self.head_dim
-
-    def layer_macs(self, projected: Any, queries: Any, keys: Any, mlp: Any) -> Any:
-        """Of one layer of either stack, at these token counts."""
-        inner = self.pair_macs
-        attended = 3 * projected * inner * self.width + 2 * queries * keys * inner
-        return attended + queries * inner * self.width + 3 * mlp * self.width * self.hidden
-
-    def outer_macs(self, tokens: Any) -> Any:
-        """Of the decoder with a target of `target_context` tokens and a memory of so many."""
-        m, inner = self.target_context, self.pair_macs
-        cross = 2 * (m + tokens) * inner * self.width + 2 * m * tokens * inner
-        layers = self.decoder_depth * (self.layer_macs(m, m, m, m) + cross)
-        return layers + m * self.width * self.vocab
-
-    def shape(self, part: str) -> T5Shape:
-        """Of the blocks of the 'encoder' or the 'decoder'."""
-        same = {f.name for f in dataclasses.fields(T5Shape)} & {
-            f.name for f in dataclasses.fields(self)
-        }
-        fields = {name: getattr(self, name) for name in same}
-        both = part == "decoder"
-        return T5Shape(**fields, causal=both, cross=both, implementation=self.attention)
-
-
-def encoder_decoder_config(name: str, **changes: Any) -> EncoderDecoderConfig:
-    """A size by name, such as 'byt5_tiny' or 'byt5_small': see `sizes.BYTE_T5`.
-
-    changes: fields of EncoderDecoderConfig. Raises ValueError for an unknown size or field.
-    """
-    return make_config(EncoderDecoderConfig, BYTE_T5, name, changes)
-
-
 class Stack(nnx.Module):
-    """Blocks that share one relative bias, and a norm at the end."""
+    """Blocks that share one relative bias, and a norm at the end. reductions: what a plan learns
+    there."""
 
     def __init__(self, shape: T5Shape, depth: int, *, scan: bool, rngs: nnx.Rngs):
-        self.scan = scan
+        self.scan, self.reductions = scan, nnx.Dict()
         relative = RelativeBias(shape, rngs=rngs)
         self.blocks = nnx.List(T5Block(shape, relative, rngs=rngs) for _ in range(depth))
         self.norm = t5_norm(shape)
@@ -151,9 +64,10 @@ class Stack(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-    """source [B N], target [B M] -> (logits [B M vocab], Report), under any Plan in the encoder.
+    """source [B N], target [B M] -> (logits [B M vocab], Report), under any Plan.
 
-    plan: only its learned reductions matter here; their modules become `reductions`.
+    plan: only its learned reductions matter here; their modules become `reductions`, those of the
+    part 'decoder' `decoder.reductions`.
     """
 
     def __init__(self, config: EncoderDecoderConfig, *, plan: Plan = DENSE, rngs: nnx.Rngs):
@@ -168,7 +82,9 @@ class EncoderDecoder(nnx.Module):
         self.head = None if c.tie else nnx.Linear(
             c.width, c.vocab, use_bias=False, kernel_init=init, rngs=rngs, **kinds
         )  # fmt: skip
-        self.reductions = nnx.Dict(plan.build(c.layout, rngs))
+        self.reductions = nnx.Dict(plan.of("").build(c.layout, rngs))
+        layout = self._decoder_layout(c.target_context)
+        self.decoder.reductions = nnx.Dict(plan.of("decoder").build(layout, rngs))
 
     def __call__(
         self,
@@ -182,14 +98,17 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B M vocab"], Report]:
         """target: what the decoder has read, beginning with `START`; logits are of what follows.
         valid: which source tokens are real (None: all), padding on either side. extra: per-token
-        arrays [B N ...] of the source that reductions read by name. Static: plan.
+        arrays [B N ...] of the source that reductions read by name. Static: plan. The report is the
+        encoder's, with what happened in the decoder as 'decoder/site'.
 
         Raises:
-          ValueError: a sequence longer than its context, or a plan that does not fit the encoder.
+          ValueError: a sequence longer than its context, or a plan that does not fit.
           TypeError: ids that are no integers.
         """
-        memory, report = self.encode(ids, plan=plan, call=call, valid=valid, extra=extra)
-        return self.decode(target, memory, call=call), report
+        memory, read = self.encode(ids, plan=plan, call=call, valid=valid, extra=extra)
+        call = (call or Call()).of("decoder")
+        logits, written = self._decode(target, memory, plan.of("decoder"), call)
+        return logits, join_reports({"": read, "decoder": written}, last="")
 
     def encode(
         self,
@@ -208,6 +127,7 @@ class EncoderDecoder(nnx.Module):
         self, tokens: Tokens, *, plan: Plan = DENSE, call: Call | None = None
     ) -> tuple[Tokens, Report]:
         """All layers of the encoder, from embedded tokens."""
+        plan = plan.of("")
         call, layout = call or Call(), self.config.layout_of(tokens.n)
         call = dataclasses.replace(call, modules={**self.reductions, **call.modules})
         tokens, first = reduce_model(plan, "input", tokens, call)
@@ -227,14 +147,32 @@ class EncoderDecoder(nnx.Module):
         return Tokens(x, valid=valid, position=place, extra=extra or {})
 
     def decode(
-        self, target: Int[Array, "B M"], memory: Tokens, *, call: Call | None = None
+        self,
+        target: Int[Array, "B M"],
+        memory: Tokens,
+        *,
+        plan: Plan = DENSE,
+        call: Call | None = None,
     ) -> Float[Array, "B M vocab"]:
-        """Logits of what follows each target token, in float32."""
-        call, memories = call or Call(), (Memory(memory),) * self.config.decoder_depth
-        check_ids(target, self._decoding, DENSE)
-        tokens = self.tokens(target)
+        """Logits of what follows each target token, in float32. plan: of the decoder alone."""
+        return self._decode(target, memory, plan, call or Call())[0]
+
+    def _decode(
+        self, target: Array, memory: Tokens, plan: Plan, call: Call
+    ) -> tuple[Array, Report]:
+        check_ids(target, self._decoding, plan)
+        tokens, memories = self.tokens(target), (Memory(memory),) * self.config.decoder_depth
+        ran, report = self._write(tokens, plan, call, memories)
+        return self.logits(ran.tokens), report
+
+    def _write(
+        self, tokens: Tokens, plan: Plan, call: Call, memories: Sequence[Memory], **caching: Any
+    ) -> tuple[LayersRan, Report]:
+        """All layers of the decoder, under a plan of the decoder alone."""
         layout = self._decoder_layout(tokens.n)
-        return self.logits(self.decoder(tokens, DENSE, call, layout, memories).tokens)
+        call = dataclasses.replace(call, modules={**self.decoder.reductions, **call.modules})
+        ran = self.decoder(tokens, plan, call, layout, memories, **caching)
+        return ran, make_report(ran.tokens, ran.records, ran.sources, plan.counts(layout))
 
     def extend(
         self,
@@ -242,29 +180,36 @@ class EncoderDecoder(nnx.Module):
         cache: KVCache,
         memories: Sequence[Memory],
         *,
+        plan: Plan = DENSE,
         call: Call | None = None,
         valid: Bool[Array, "B M"] | None = None,
         fresh: bool = False,
     ) -> tuple[Float[Array, "B M vocab"], KVCache, Report]:
-        """M more target tokens: they follow those that `cache` has seen. See `Decoder.extend`."""
-        check_ids(target, self._decoding, DENSE)
+        """M more target tokens: they follow those that `cache` has seen. plan: of the decoder
+        alone. See `Decoder.extend`."""
+        check_ids(target, self._decoding, plan)
         place = count_positions(target, valid, None, cache.seen).astype(jnp.float32)
         tokens = self.tokens(target, valid).replace(position=place[..., None])
-        layout, caching = self._decoder_layout(tokens.n), {"caches": cache.layers, "fresh": fresh}
-        ran = self.decoder(tokens, DENSE, call or Call(), layout, memories, **caching)
+        caching = {"caches": cache.layers, "fresh": fresh}
+        ran, report = self._write(tokens, plan, call or Call(), memories, **caching)
         more = target.shape[1] if valid is None else valid.sum(-1)
         cache = KVCache(ran.caches, (cache.seen + more).astype(jnp.int32))
-        report = make_report(ran.tokens, ran.records, ran.sources, DENSE.counts(layout))
         return self.logits(ran.tokens), cache, report
 
     def remember(self, memory: Tokens) -> tuple[Memory, ...]:
         """The memory as each layer of the decoder projects it, for decoding step by step."""
         return tuple(block.remember(memory) for block in self.decoder.blocks)
 
-    def make_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for targets of up to `length` tokens."""
+    def make_cache(self, batch: int, length: int, plan: Plan = DENSE) -> KVCache:
+        """An empty cache for targets of up to `length` tokens; plan: of the decoder alone. Raises
+        ValueError where it evicts entries."""
+        if plan.at("cache"):
+            raise ValueError(
+                f"EncoderDecoder: plan {plan.name!r} reduces the cache, which is for a Decoder; "
+                "leave it out."
+            )
         c = self.config
-        slots = [length] * c.decoder_depth
+        slots = slots_of(plan, c.decoder_depth, length)
         return make_cache(batch, c.heads, slots, c.head_dim, c.dtype or c.param_dtype)
 
     def logits(self, tokens: Tokens) -> Float[Array, "B M vocab"]:
@@ -278,8 +223,7 @@ class EncoderDecoder(nnx.Module):
         return dataclasses.replace(self.config, context=self.config.target_context)
 
     def _decoder_layout(self, tokens: int) -> Layout:
-        depth = self.config.decoder_depth
-        return dataclasses.replace(self.config.layout_of(tokens), depth=depth)
+        return dataclasses.replace(self.config.decoder_layout(tokens), part="")
 
 
 @dataclass(frozen=True)
@@ -296,9 +240,9 @@ class Conditioned:
     def make_cache(
         self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
     ) -> KVCache:
-        return self.model.make_cache(batch, length)
+        return self.model.make_cache(batch, length, plan)
 
     def extend(
         self, ids: Array, cache: KVCache, *, plan: Plan = DENSE, extra: Any = None, **how: Any
     ) -> tuple[Array, KVCache, Report]:
-        return self.model.extend(ids, cache, self.memories, **how)
+        return self.model.extend(ids, cache, self.memories, plan=plan, **how)

@@ -8,7 +8,8 @@ from flax import nnx
 
 from tokred.data.grid_kinds import KINDS
 from tokred.models.decoder import Decoder, DecoderConfig
-from tokred.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from tokred.models.encoder_decoder import EncoderDecoder
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vit import ViT, ViTConfig
 from tokred.models.vlm import VLM, VLMConfig
 from tokred.plan import Plan, nearest

@@ -17,7 +17,7 @@ from tokred.data.tfds_images import find_image_set, open_source
 from tokred.data.tokenizers import ByteTokenizer, Tokenizer, bytes_of, load_bpe
 from tokred.data.vision_language import open_conversations
 from tokred.models.decoder import DecoderConfig
-from tokred.models.encoder_decoder import EncoderDecoderConfig
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vit import ViTConfig
 from tokred.models.vlm import VLMConfig
 from tokred.train.config import FREE, Config

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tokred.methods import make_plan
 from tokred.models.decoder import decoder_config
-from tokred.models.encoder_decoder import encoder_decoder_config
+from tokred.models.encoder_decoder_config import encoder_decoder_config
 from tokred.models.vit import vit_config
 from tokred.models.vlm_sizes import vlm_config
 from tokred.plan import Layout, Plan

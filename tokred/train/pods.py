@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred.models.buckets import encode_in_buckets
 from tokred.models.decoder import DecoderConfig
-from tokred.models.encoder_decoder import EncoderDecoderConfig
+from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vlm import VLMConfig
 from tokred.nn.skeleton import Weights, split_model
 from tokred.plan import Plan

@@ -46,7 +46,8 @@ class Seq2SeqObjective(TokenObjective):
         sums, right, rows = count_targets(logits, batch)
         whole = (right | (batch["weight"] == 0)).all(-1) & rows
         sums["exact"] = sums["count"] * whole.sum() / jnp.maximum(rows.sum(), 1)
-        return sums | {name: sums["count"] * value for name, value in told(report).items()}
+        read = told(report.parts[""]).items()
+        return sums | {name: sums["count"] * value for name, value in read}
 
     def scores(self, share: Mapping[str, float]) -> dict[str, float | None]:
         """loss in nats per token; exact: share of targets that are right as a whole; deletion_rate,
