@@ -11,6 +11,6 @@ from tokred.train.recipes import nested_config
 
 def get_config(arg: str = "") -> Config:
     config = nested_config()
-    config.align.steps, config.train.steps = 100, 800
+    config.align.steps, config.train.steps = 100, 500
     config.optimizer.lr = 1e-3
     return finish(config, arg)

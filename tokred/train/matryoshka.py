@@ -4,10 +4,11 @@ python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
 
 Trains a model with all tokens on questions about grids of digits (--start), and goes on from it,
 first the connector, then everything (--config): Matryoshka queries whose length is drawn for every
-step, queries of one fixed length for each of --lengths, and average pooling, uniform and random
-tokens whose number is drawn likewise; answers with every length. Beside them a connector of one
-token that is told the question (QueCC), and the same without it. Writes DIR/results.json and
-DIR/lengths.png and prints shares of right answers, means and half ranges over the seeds.
+step, the same for twice the steps, queries of one fixed length for each of --lengths, and average
+pooling, uniform and random tokens whose number is drawn likewise; answers with every length. Beside
+them a connector of one token that is told the question (QueCC), and the same without it. Writes
+DIR/results.json and DIR/lengths.png and prints shares of right answers, means and half ranges over
+the seeds.
 
 A run that is finished is not repeated, one that was stopped goes on. The same command in several
 processes, one for each device or core, shares the runs among them.
@@ -31,7 +32,7 @@ from tokred.train.seeds import read_seeds
 from tokred.train.setup import make_setup
 
 Row = dict[str, Any]
-DENSE, ONLY = "dense", "mqt only"
+DENSE, ONLY, TWICE = "dense", "mqt only", "mqt, twice the steps"
 RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
@@ -50,9 +51,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--baselines", default=",".join(BASELINES), help="of " + ",".join(BASELINES)
     )
-    parser.add_argument(
-        "--alone", type=int, help="steps of what has one length alone; default: the recipe's"
-    )
     args, overrides = parser.read(argv)
     lengths = read_seeds(args.lengths, "--lengths")
     names = [name for name in args.baselines.split(",") if name]
@@ -60,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in read_seeds(args.seeds):
         start = args.workdir / DENSE / f"seed_{seed}"
         dense = (DENSE, load_config(args.start, overrides), [{}])
-        others = models(args.config, overrides, lengths, names, alone=args.alone)
+        others = models(args.config, overrides, lengths, names)
         for name, config, asked in (dense, *others):
             config.seed, config.start_from = seed, None if name == DENSE else str(start)
             jobs.append(Job(name, config, args.workdir / name / f"seed_{seed}", asked))
@@ -72,17 +70,9 @@ COLUMNS = ("tokens", "exact", "macs_ratio", *(f"exact_{kind}" for kind in ("whic
 
 
 def models(
-    recipe: str,
-    overrides: Sequence[str],
-    lengths: Sequence[int],
-    baselines: Sequence[str],
-    *,
-    alone: int | None = None,
+    recipe: str, overrides: Sequence[str], lengths: Sequence[int], baselines: Sequence[str]
 ) -> Iterator[tuple[str, Config, list[dict[str, Any]]]]:
-    """(name, config, options of the plans to answer with) of every model.
-
-    alone: steps of those with one length, None for the recipe's.
-    """
+    """(name, config, options of the plans to answer with) of every model."""
 
     def config_of(**changes: Any) -> Config:
         config = load_config(recipe, overrides)
@@ -95,10 +85,10 @@ def models(
     each, whole = dict(config.train.options), make_setup(config).layout.tokens
     nested = [{**each, "length": m} for m in lengths]
     yield "mqt", config_of(each=tuple(lengths)), nested
-    steps = config.train.steps if alone is None else alone
+    twice = config_of(each=tuple(lengths), steps=2 * config.train.steps)
+    yield TWICE, twice, nested
     for options in nested:
-        fixed = config_of(each=(options["length"],), steps=steps)
-        yield f"{ONLY} {options['length']}", fixed, [options]
+        yield f"{ONLY} {options['length']}", config_of(each=(options["length"],)), [options]
     for name in baselines:
         shares = [{"keep": m / whole, "site": "output"} for m in lengths]
         keeps = tuple(share["keep"] for share in shares)
@@ -106,8 +96,7 @@ def models(
         yield name, config_of(**how), shares
     for name, conditioned in CONDITIONED.items():
         options = {"keep": 1 / whole, "conditioned": conditioned}
-        how = {"method": "quecc", "options": options, "vary": "", "each": (), "steps": steps}
-        yield name, config_of(**how), [options]
+        yield name, config_of(method="quecc", options=options, vary="", each=()), [options]
 
 
 class Job(NamedTuple):
