@@ -159,10 +159,11 @@ def tomesd(case: Case) -> dict[str, Any]:
     return {"merged": merged, "unmerged": map_.restore(merged)}
 
 
-def as_rows(*pair: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Tokens in the order of their channels, for sets of them."""
+def as_rows(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with tokens in the order of their channels, to compare sets of them."""
     rank = lambda x: np.lexsort(np.round(x, 4).T[::-1])  # noqa: E731
-    return tuple(np.stack([x[rank(x)] for x in a]) for a in pair)
+    in_order = lambda a: np.stack([x[rank(x)] for x in a])  # noqa: E731
+    return in_order(want), in_order(got)
 
 
 def tome_parse_r(case: Case) -> dict[str, Any]:

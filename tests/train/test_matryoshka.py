@@ -34,8 +34,10 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
     assert [options["length"] for options in asked] == [1, 4]
     fixed, asked = found["mqt only 4"]
     assert tuple(fixed.train.each) == (4,) and fixed.train.vary == "length"
-    [plan] = make_setup(fixed).stages[-1].objective.varied.plans
-    assert plan.steps[0][1].length == 4 and plan.twin == "packed"
+    setup = make_setup(fixed)
+    varied = setup.stages[-1].objective.varied
+    assert varied is not None and varied.plans[0].twin == "packed"
+    assert [setup.model.image_tokens(plan) for plan in varied.plans] == [4]
     assert [options["length"] for options in asked] == [4]
     pooled, asked = found["pooling"]
     assert pooled.train.vary == "keep" and tuple(pooled.train.each) == (1 / 64, 4 / 64)
