@@ -12,6 +12,7 @@ RECIPES = [
     "digits_diffrate",
     "digits_dense",
     "digits_dynamicvit",
+    "mrt5_mod_bytes",
     "cifar10_vit",
     "vit_s16_imagenet_dense",
     "vit_s16_imagenet_diffrate",

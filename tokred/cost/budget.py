@@ -3,36 +3,45 @@
 import bisect
 from typing import Any
 
-from tokred.cost.macs import Costed, macs
+from tokred.cost.macs import Composite, Costed, macs
 from tokred.methods import get_method, make_plan
 from tokred.plan import Plan
 
+DENSE = Plan()
 STEPS = 4096  # keep is a multiple of 1 / STEPS
 
 
-def solve_keep(config: Costed, method: str, ratio: float, **options: Any) -> tuple[Plan, float]:
+def solve_keep(
+    config: Costed | Composite,
+    method: str,
+    ratio: float,
+    *,
+    beside: Plan = DENSE,
+    **options: Any,
+) -> tuple[Plan, float]:
     """The plan with the largest `keep` that costs at most `ratio` of the dense model; that keep.
 
     Counts are whole tokens, so cost is a staircase in `keep` and usually stays a little below the
-    target. options: the method's other options.
+    target. beside: what is part of the plan besides. options: the method's other options.
 
     Raises:
       ValueError: a target below what the method can reach, or options that it does not take.
     """
     if "keep" in options:
         raise ValueError("solve_keep: keep is what it solves for; leave it out of the options.")
-    plan = make_plan(method, config.layout, **options)
+    make_plan(method, config.layout, **options)
     if "keep" not in get_method(method).options:
         raise ValueError(f"solve_keep: method {method!r} has no keep to solve for; choose another.")
-    plan = make_plan(method, config.layout, keep=1.0, **options)
+    make = lambda keep: make_plan(method, config.layout, keep=keep, **options).beside(beside)  # noqa: E731
+    whole = make(1.0)
     if ratio >= 1:
-        return plan, 1.0
+        return whole, 1.0
     dense = macs(config)
 
     def cost(step: int) -> float:
         """Relative cost at keep = step / STEPS; below what the method can do, 0."""
         try:
-            plan = make_plan(method, config.layout, keep=step / STEPS, **options)
+            plan = make(step / STEPS)
         except ValueError:
             return 0.0
         return macs(config, plan) / dense
@@ -46,4 +55,4 @@ def solve_keep(config: Costed, method: str, ratio: float, **options: Any) -> tup
             f"choose a ratio in [{cost(lowest):.3f}, 1.0]."
         )
     keep = best / STEPS
-    return make_plan(method, config.layout, keep=keep, **options), keep
+    return make(keep), keep

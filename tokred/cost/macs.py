@@ -60,6 +60,9 @@ class Costed(Protocol):
 class Composite(Protocol):
     """The same of a model whose parts have costs of their own."""
 
+    @property
+    def layout(self) -> Layout: ...
+
     def parts(self, plan: Plan, tokens: int | None) -> Mapping[str, tuple[Costed, int | None, int]]:
         """By the part's name: its config, its tokens (None for what it takes), how many times it
         runs. What is outside its layers counts for parts without tokens alone."""

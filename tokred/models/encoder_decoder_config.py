@@ -11,6 +11,8 @@ from tokred.nn.mlp import ACTIVATIONS
 from tokred.nn.t5_block import T5Shape
 from tokred.plan import Layout, Plan, nearest
 
+DENSE = Plan()
+
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
@@ -79,8 +81,9 @@ class EncoderDecoderConfig:
         """None: what is no layer lies between the stacks, see `joint_macs`."""
         return 0
 
-    def decoder_layout(self, tokens: int | None = None) -> Layout:
-        """What plans may know of the decoder, by default with a full target."""
+    def decoder_layout(self, tokens: int | None = None, plan: Plan = DENSE) -> Layout:
+        """What plans may know of the decoder, by default with a full target; what a plan does
+        before it changes nothing of that."""
         n = self.target_context if tokens is None else tokens
         alone = Layout.of_sequence(self.decoder_depth, n, self.width, self.heads)
         return dataclasses.replace(alone, part="decoder")

@@ -115,9 +115,10 @@ class VLMConfig:
             )
         return images // joined
 
-    def decoder_layout(self, tokens: int, plan: Plan = DENSE) -> Layout:
-        """Of the decoder, for prompts of so many ids under what the plan does before it."""
-        k = self.image_tokens(plan)
+    def decoder_layout(self, tokens: int | None = None, plan: Plan = DENSE) -> Layout:
+        """Of the decoder, for prompts of so many ids (by default as many as it takes) under what
+        the plan does before it."""
+        tokens, k = self.context if tokens is None else tokens, self.image_tokens(plan)
         places = self.places(plan)
         layout = self.decoder.layout_of(tokens + places * (k - 1))
         return dataclasses.replace(layout, images=(places, k), part="decoder")

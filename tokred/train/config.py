@@ -37,7 +37,7 @@ DATA = {
     "seq2seq": PAIRS | {FREE: {}},
     "talk": TALK | {FREE: {}},
 }
-TURNS = {"vary": "", "each": (), "rule": "draw", "weights": None, "pivots": ()}
+TURNS = {"remat": 0, "vary": "", "each": (), "rule": "draw", "weights": None, "pivots": ()}
 Config = Any  # a locked ConfigDict; type checkers cannot know its fields
 BASELINES = ("tome", "evit", "topk", "uniform", "pooling", "random")
 
@@ -51,17 +51,19 @@ def default_config(task: str = "images") -> Config:
     seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
     weights to start from; start_parts: the same for parts of a model that has some. mesh: see
     `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields of the task's model. data: see
-    `inputs`; mock: number of made-up examples instead of real ones, 0 for none. train: the first
-    stage, under a method with its options (a learned method in its soft form); 0 steps for none;
-    remat: see `Call`; vary: an option of the method, or several with commas, that takes the values
-    of `each` in turn; rule, weights, pivots: see `Varied`. align: a stage before it in which only
-    the parameters that `trainable` finds learn, such as a connector's; 0 steps for none. optimizer:
-    see `make_optimizer`; ema, accumulate: see `make_train_step`. loss: mixup to mix_switch are the
-    fields of `Mixing`. distill: of the first stage, from the dense model in another workdir; see
-    `Teacher`. rates: a second stage that trains the rates of a method alone, 0 steps for none.
-    finetune: of every evaluated row. evaluate.macs: the budget where nothing is learned, as a share
-    of the dense model. checkpoint: see `Checkpoints`; a checkpoint every so many steps, an
-    evaluation before each if best > 0.
+    `inputs`; mock: number of made-up examples instead of real ones, 0 for none. beside: methods
+    with their options that are part of every plan but the dense one, see `plan_beside`. train: the
+    first stage, under a method with its options (a learned method in its soft form); 0 steps for
+    none; macs: what the whole plan may cost, as a share of the dense model, for which the method's
+    keep is solved; remat: see `Call`; vary: an option of the method, or several with commas, that
+    takes the values of `each` in turn; rule, weights, pivots: see `Varied`. align: a stage before
+    it in which only the parameters that `trainable` finds learn, such as a connector's; 0 steps for
+    none. optimizer: see `make_optimizer`; ema, accumulate: see `make_train_step`. loss: mixup to
+    mix_switch are the fields of `Mixing`. distill: of the first stage, from the dense model in
+    another workdir; see `Teacher`. rates: a second stage that trains the rates of a method alone, 0
+    steps for none. finetune: of every evaluated row. evaluate.macs: the budget where nothing is
+    learned, as a share of the dense model. checkpoint: see `Checkpoints`; a checkpoint every so
+    many steps, an evaluation before each if best > 0.
     """
     optimizer = {"warmup": 0.1, "schedule": "cosine", "end": 0.0, "b1": 0.9, "b2": 0.99}
     optimizer |= {"clip": 1.0, "layer_decay": 1.0, "scales": (), "ema": 0.0, "accumulate": 1}
@@ -81,7 +83,15 @@ def default_config(task: str = "images") -> Config:
                 "mock": 0,
             },
             "align": {"steps": 0, "lr": 1e-3, "trainable": r"^(projector|.*reductions)/"},
-            "train": {"steps": 1000, "method": "dense", "options": {}, "remat": 0, **TURNS},
+            "beside": {},
+            "train": {
+                "steps": 1000,
+                "method": "dense",
+                "options": {},
+                "macs": None,
+                "remat": 0,
+                **TURNS,
+            },
             "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer},
             "loss": {"label_smoothing": 0.0, "aux_weight": 1.0, **mixing},
             "distill": {"workdir": None, "logits": 0.5, "features": 0.0, "temperature": 1.0},

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tokred import cost, viz
-from tokred.methods import get_method, make_plan
+from tokred.methods import get_method
 from tokred.nn.skeleton import Arrays, Weights
 from tokred.plan import Plan
 from tokred.train.inputs import Inputs
@@ -61,9 +61,9 @@ def choose_plans(
     budget: float = setup.config.evaluate.macs if ratio is None else ratio
     for name in setup.config.evaluate.methods if methods is None else methods:
         if name not in plans and keep is not None:
-            plans[name] = (make_plan(name, setup.layout, keep=keep), keep)
+            plans[name] = (setup.plan(name, keep=keep), keep)
         elif name not in plans:
-            plans[name] = cost.solve_keep(setup.model, name, budget)
+            plans[name] = cost.solve_keep(setup.model, name, budget, beside=setup.beside)
     return plans
 
 
@@ -73,7 +73,7 @@ def check_budget(setup: Setup) -> None:
     learns = rates.steps and rates.unit == "ratio"
     ratio = rates.target if learns else setup.config.evaluate.macs
     for name in setup.config.evaluate.methods:
-        cost.solve_keep(setup.model, name, ratio)
+        cost.solve_keep(setup.model, name, ratio, beside=setup.beside)
 
 
 def macs_ratio(setup: Setup, plan: Plan) -> float:
@@ -182,7 +182,8 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
     if setup.config.task == "talk":
         return
     rows = to_mesh(next(iter(inputs.eval_batches())), setup.mesh)
-    take = lambda _, report: (report.sources, report.entered)  # noqa: E731
+    mine = lambda report: report.parts.get("", report)  # noqa: E731
+    take = lambda _, report: (report.sources, mine(report).entered)  # noqa: E731
     forward = make_forward(setup.skeleton, setup.objective(plan), take)
     sources, routed = forward(weights, rows, setup.eval_key())
     rows, sources, routed = to_host((dict(rows), sources, routed))

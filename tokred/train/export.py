@@ -20,7 +20,6 @@ import numpy as np
 
 from tokred.interop.graphs import run_apart, verify_graphs, write_graphs
 from tokred.interop.portable import Function, functions_of
-from tokred.methods import make_plan
 from tokred.nn.skeleton import Weights
 from tokred.plan import Plan
 from tokred.train.cli import Arguments
@@ -87,7 +86,7 @@ def _plans(setup: Setup, weights: Weights, args: Any) -> dict[str, Plan]:
     known = dict(how.options) if method == how.method else {}
     values = [json.loads(word) for word in args.budgets.split(",")]
     return {
-        f"_{value}": make_plan(method, setup.layout, **{**known, option: value}).with_twin("packed")
+        f"_{value}": setup.plan(method, **{**known, option: value}).with_twin("packed")
         for value in values
     }
 
@@ -115,7 +114,7 @@ def describe_run(setup: Setup, plans: dict[str, Plan]) -> dict[str, Any]:
     methods = {
         suffix.removeprefix("_") or "default": {
             "method": plan.name,
-            "tokens_by_layer": [row.out for row in plan.counts(setup.layout)],
+            "tokens_by_layer": [row.out for row in setup.counts(plan)],
             "macs_ratio": macs_ratio(setup, plan),
         }
         for suffix, plan in plans.items()

@@ -197,7 +197,7 @@ def make_saver(
         with jax.transfer_guard("allow"):
             weights, step = result(state), int(state["step"])
             plan = learned_plan(setup, weights.params, number)
-            counts = None if plan is None else [list(c) for c in plan.counts(setup.layout)]
+            counts = None if plan is None else [list(c) for c in setup.counts(plan)]
             schedule = {"method": "dense" if plan is None else plan.name, "counts": counts}
             metrics = None
             if config.checkpoint.best:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokred import viz
-from tokred.methods import make_plan
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config, to_json
 from tokred.train.evaluate import macs_ratio, make_evaluator
@@ -145,7 +144,7 @@ def answer(job: Job) -> list[Row]:
     weights = train(setup, inputs, workdir)
     rows = []
     for options in asked:
-        plan = make_plan(config.train.method, setup.layout, **options)
+        plan = setup.plan(config.train.method, **options)
         tokens = setup.model.image_tokens(plan)
         row = {"method": f"{name}: {tokens}", "model": name, "tokens": tokens, "seed": config.seed}
         row["line"] = "a model for each" if name.startswith(ONLY) else name

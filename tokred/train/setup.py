@@ -1,5 +1,6 @@
 """From a config to what a job runs on: mesh, model without arrays, teacher, and the stages."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from tokred.cost import solve_keep
 from tokred.methods import diffrate, get_method, make_plan
 from tokred.nn.skeleton import Arrays, Skeleton, Weights, split_model
-from tokred.plan import Layout, Plan
+from tokred.plan import LayerCount, Layout, Plan
+from tokred.train.beside import plan_beside
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config, from_json, model_config
 from tokred.train.families import Family, find_family, objective_fields
@@ -23,6 +26,7 @@ from tokred.train.processes import to_host
 from tokred.train.state import State, born_sharded
 from tokred.train.varied import Varied, vary_options
 
+DENSE = Plan()
 WEIGHTS = "^(?!reductions/)"
 REDUCTIONS = "^reductions/"
 
@@ -32,7 +36,8 @@ class Setup:
     """What a config fixes before any training.
 
     shapes: of the weights, with shardings. build: makes the model; under jit only, so that nothing
-    is ever in one piece. frozen: 'params' and 'rest' of the teacher, {} without one.
+    is ever in one piece. frozen: 'params' and 'rest' of the teacher, {} without one. beside: what
+    is part of every plan but the dense one.
     """
 
     config: Config
@@ -44,6 +49,7 @@ class Setup:
     stages: tuple[Stage, ...]
     build: Callable[[], Any]
     frozen: dict[str, Arrays] = field(default_factory=dict)
+    beside: Plan = DENSE
 
     @property
     def layout(self) -> Layout:
@@ -53,6 +59,15 @@ class Setup:
     def tokens(self) -> int | None:
         """How many tokens an example has, where the model's config does not say."""
         return self.config.data.get("length")
+
+    def plan(self, method: str, **options: Any) -> Plan:
+        """The packed plan of a method, with what stands beside it."""
+        return make_plan(method, self.layout, **options).beside(self.beside)
+
+    def counts(self, plan: Plan) -> tuple[LayerCount, ...]:
+        """Tokens in each layer of the part that the method is made for."""
+        part = self.layout.part
+        return plan.of(part).counts(dataclasses.replace(self.layout, part=""))
 
     def objective(self, plan: Plan) -> Objective:
         """What the task minimises and measures, under a plan and without a teacher."""
@@ -95,7 +110,8 @@ def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     mesh = make_mesh(config.mesh.shape, config.mesh.axes, devices)
     rules = (*((pattern, tuple(axes)) for pattern, axes in config.mesh.rules), *RULES)
     teacher, frozen = read_teacher(config, devices)
-    stages = make_stages(config, model.layout, teacher)
+    beside = plan_beside(model, config.beside.to_dict())
+    stages = make_stages(config, model, teacher, beside)
     plan = stages[-1].objective.plan
 
     family: Family = find_family(config.task)
@@ -105,7 +121,7 @@ def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
 
     skeleton, shapes = split_model(nnx.eval_shape(build))
     shapes = with_places(shapes, mesh, rules)
-    return Setup(config, model, mesh, rules, skeleton, shapes, stages, build, frozen)
+    return Setup(config, model, mesh, rules, skeleton, shapes, stages, build, frozen, beside)
 
 
 def restore_setup(
@@ -147,17 +163,28 @@ def read_teacher(
     return teacher, weights._asdict()
 
 
-def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tuple[Stage, ...]:
+def make_stages(
+    config: Config, model: Any, teacher: Teacher | None, beside: Plan
+) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
     train, rates, loss = config.train, config.rates, config.loss
-    plan = training_plan(train.method, layout, dict(train.options))
+    options = dict(train.options)
+    if train.macs is not None:
+        _, options["keep"] = solve_keep(model, train.method, train.macs, beside=beside, **options)
+    make = lambda method, options: training_plan(method, model.layout, dict(options), beside)  # noqa: E731
+    plan = make(train.method, options)
     shared = {**objective_fields(config), "aux_weight": loss.aux_weight}
     make_objective = find_family(config.task).objective
     optimizer = dict(config.optimizer)
     accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
     learned = get_method(train.method).learned
     everything = "" if learned else WEIGHTS
-    how = {**shared, "teacher": teacher, "remat": train.remat, "varied": _varied(train, layout)}
+    how = {
+        **shared,
+        "teacher": teacher,
+        "remat": train.remat,
+        "varied": _varied(train, make),
+    }
     objective = make_objective(plan, **how)
     stages = []
     if config.align.steps:
@@ -175,7 +202,7 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
                 f"config.rates.method={rates.method!r}; set config.rates.steps=0 or train densely."
             )
         objective = make_objective(
-            training_plan(rates.method, layout, dict(rates.options)),
+            make(rates.method, rates.options),
             **shared,
             macs_weight=rates.weight,
             target=rates.target,
@@ -191,19 +218,19 @@ def make_stages(config: Config, layout: Layout, teacher: Teacher | None) -> tupl
     return tuple(stages)
 
 
-def _varied(train: Config, layout: Layout) -> Varied | None:
+def _varied(train: Config, make: Callable[[str, dict[str, Any]], Plan]) -> Varied | None:
     """The plans that take turns, None where train.vary names no option."""
     if not train.vary:
         return None
     options = [{**train.options, **more} for more in vary_options(train.vary, train.each)]
-    plans = tuple(training_plan(train.method, layout, each).with_twin("packed") for each in options)
+    plans = tuple(make(train.method, each).with_twin("packed") for each in options)
     weights = None if train.weights is None else tuple(train.weights)
     return Varied(plans, train.rule, weights, tuple(train.pivots))
 
 
-def training_plan(method: str, layout: Layout, options: dict[str, Any]) -> Plan:
+def training_plan(method: str, layout: Layout, options: dict[str, Any], beside: Plan) -> Plan:
     """The plan to train under: where the method learns, the twin that it trains."""
-    plan, about = make_plan(method, layout, **options), get_method(method)
+    plan, about = make_plan(method, layout, **options).beside(beside), get_method(method)
     return plan.with_twin(about.trains) if about.learned else plan
 
 
@@ -218,7 +245,7 @@ def learned_plan(setup: Setup, params: Arrays, stage: int = -1) -> Plan | None:
     logits = jax.tree.map(jnp.asarray, logits)
     model = setup.skeleton.merge({**setup.shapes.params, **logits}, setup.shapes.rest)
     schedule = diffrate.freeze(model.reductions, plan, setup.layout)
-    return make_plan("diffrate", setup.layout, **schedule)
+    return setup.plan("diffrate", **schedule)
 
 
 def seed_key(config: Config, purpose: int) -> jax.Array:

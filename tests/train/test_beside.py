@@ -1,0 +1,78 @@
+"""Methods beside the one that is trained: in other parts of the model, under one budget."""
+
+from pathlib import Path
+
+import pytest
+
+from tokred.cost import macs, solve_keep
+from tokred.methods import make_plan
+from tokred.models import EncoderDecoderConfig, ViTConfig, VLMConfig
+from tokred.plan import Plan
+from tokred.train.beside import plan_beside
+from tokred.train.config import load_config
+from tokred.train.job import run_job
+from tokred.train.setup import make_setup
+
+RECIPES = Path(__file__).parents[2] / "configs"
+QUIET = ["log.progress=False", "log.tensorboard=False"]
+DEPTHS = {"decoder/mod": {"keep": 0.5, "gate": "predictor"}}
+PAIRS = EncoderDecoderConfig(
+    width=32, depth=4, decoder_depth=2, heads=2, head_dim=16, context=64, target_context=32
+)
+
+
+def recipe(name: str, *changes: str, beside=DEPTHS):
+    config = load_config(str(RECIPES / name), [*QUIET, *changes])
+    config.beside = beside
+    return config
+
+
+def test_each_acts_in_its_part():
+    config = VLMConfig()
+    plan = plan_beside(config, {"mqt": {"length": 4}, "decoder/mod": {"keep": 0.5}})
+    assert plan == make_plan("mqt", config.layout, length=4) + make_plan(
+        "mod", config.decoder_layout(plan=make_plan("mqt", config.layout, length=4)), keep=0.5
+    )
+    assert {site.part for site, _ in plan.steps} == {"vision", "decoder"}
+    assert plan_beside(PAIRS, {}) == Plan()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "sentence"),
+    [
+        (ViTConfig(), "decoder/mod", "which ViTConfig lacks"),
+        (PAIRS, "encoder/mod", "names the part 'encoder'"),
+        (PAIRS, "decoder/mdo", "did you mean 'mod'"),
+    ],
+)
+def test_what_a_model_lacks_is_named(model, name: str, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        plan_beside(model, {name: {}})
+
+
+def test_one_budget_is_for_all():
+    beside = plan_beside(PAIRS, DEPTHS)
+    alone, least = solve_keep(PAIRS, "mrt5", 0.8, layer=1)
+    both, most = solve_keep(PAIRS, "mrt5", 0.8, layer=1, beside=beside)
+    assert most > least and both.name == "mrt5"
+    for plan in (alone, both):
+        assert 0.75 < macs(PAIRS, plan) / macs(PAIRS) <= 0.8
+    assert solve_keep(PAIRS, "mrt5", 1.0, beside=beside)[0].steps[-1] == beside.steps[0]
+
+
+def test_training_solves_for_the_whole_budget():
+    config = recipe("mrt5_bytes.py:smoke", "train.macs=0.8")
+    config.train.options = {"layer": 1, "capacity": None}
+    setup = make_setup(config)
+    plan = setup.stages[-1].objective.plan
+    assert {site.part for site, _ in plan.steps} == {"", "decoder"} and plan.twin == "soft"
+    assert 0.7 < macs(setup.model, plan.with_twin("packed")) / macs(setup.model) <= 0.8
+
+
+@pytest.mark.slow
+def test_a_job_with_a_gate_before_and_depths_behind(tmp_path: Path):
+    rows = {row["method"]: row for row in run_job(recipe("mrt5_bytes.py:smoke"), tmp_path)}
+    alone = make_setup(recipe("mrt5_bytes.py:smoke", beside={}))
+    gate = alone.stages[-1].objective.plan.with_twin("packed")
+    assert {"dense", "mrt5"} <= rows.keys()
+    assert rows["mrt5"]["macs"] < macs(alone.model, gate) < rows["dense"]["macs"]
