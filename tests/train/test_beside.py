@@ -69,6 +69,14 @@ def test_training_solves_for_the_whole_budget():
     assert 0.7 < macs(setup.model, plan.with_twin("packed")) / macs(setup.model) <= 0.8
 
 
+def test_what_learns_beside_a_plain_method_is_trained():
+    config = recipe("mrt5_bytes.py:smoke", beside={"mrt5": {"layer": 1, "coefficient": 1.0}})
+    config.train.method, config.train.options = "dense", {}
+    setup = make_setup(config)
+    learned = {name for name in setup.shapes.params if name.startswith("reductions/")}
+    assert learned and learned <= set(setup.stages[-1].names(setup.shapes.params))
+
+
 @pytest.mark.slow
 def test_a_job_with_a_gate_before_and_depths_behind(tmp_path: Path):
     rows = {row["method"]: row for row in run_job(recipe("mrt5_bytes.py:smoke"), tmp_path)}

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array
 
 from tokred.maps import Assign
-from tokred.methods.connecting import Grid, require_grid
+from tokred.methods.connecting import Grid, require_grid, windows_left
 from tokred.methods.registry import register
 from tokred.plan import Layout, Plan, Reduction, Site
 from tokred.select import match_cells
@@ -38,12 +38,11 @@ class ToMeSD(Reduction):
 
     def counts(self, n: int, prefix: int) -> int:
         require_grid("tomesd", self.grid, n, prefix)
-        rows, columns = (side // self.stride for side in self.grid)
-        others = n - prefix - rows * columns
-        return n - (min(self.r, others) if rows * columns else 0)
+        cells = windows_left(self.grid, self.stride)
+        return n - (min(self.r, n - prefix - cells) if cells else 0)
 
     def macs(self, n: int, layout: Layout) -> int:
-        cells = (layout.grid[0] // self.stride) * (layout.grid[1] // self.stride)
+        cells = windows_left(self.grid, self.stride)
         return cells * (n - layout.prefix - cells) * layout.width
 
     def select(self, tokens: Tokens, evidence: Mapping[str, Array], *, key: Any) -> Assign:

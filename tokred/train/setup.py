@@ -178,14 +178,9 @@ def make_stages(
     optimizer = dict(config.optimizer)
     accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
     learned = get_method(train.method).learned
-    everything = "" if learned else WEIGHTS
-    how = {
-        **shared,
-        "teacher": teacher,
-        "remat": train.remat,
-        "varied": _varied(train, make),
-    }
-    objective = make_objective(plan, **how)
+    everything = "" if learned or beside.steps else WEIGHTS
+    varied = _varied(train, options, make)
+    objective = make_objective(plan, **shared, teacher=teacher, remat=train.remat, varied=varied)
     stages = []
     if config.align.steps:
         first = {**optimizer, "lr": config.align.lr}
@@ -218,11 +213,13 @@ def make_stages(
     return tuple(stages)
 
 
-def _varied(train: Config, make: Callable[[str, dict[str, Any]], Plan]) -> Varied | None:
+def _varied(
+    train: Config, known: dict[str, Any], make: Callable[[str, dict[str, Any]], Plan]
+) -> Varied | None:
     """The plans that take turns, None where train.vary names no option."""
     if not train.vary:
         return None
-    options = [{**train.options, **more} for more in vary_options(train.vary, train.each)]
+    options = [{**known, **more} for more in vary_options(train.vary, train.each)]
     plans = tuple(make(train.method, each).with_twin("packed") for each in options)
     weights = None if train.weights is None else tuple(train.weights)
     return Varied(plans, train.rule, weights, tuple(train.pivots))
