@@ -247,10 +247,6 @@ class Plan:
         name = "+".join(p.name for p in (self, other) if p.steps) or self.name
         return dataclasses.replace(self, steps=self.steps + other.steps, name=name)
 
-    def beside(self, other: "Plan") -> "Plan":
-        """Both under the name of the first, if it has steps: the same method in company."""
-        return dataclasses.replace(self + other, name=self.name if self.steps else other.name)
-
     def build(self, layout: Layout, rngs: Any) -> dict[str, Any]:
         """Modules of the learned reductions, by their names, each for the width that it meets."""
         built, width = {}, layout.width

@@ -16,10 +16,12 @@ from tests.methods_table.text import TEXT, phases
 from tests.methods_table.vision import VISION
 
 ROWS = (*VISION, *CLUSTERS, *CONNECTORS, *TEXT, *CACHES)
-# What needs a text or several images beside its tokens, and where it is tested instead.
+# What needs a text or several images beside its tokens, or another method before it, and where it
+# is tested instead.
 ELSEWHERE = {
     "quecc": "models/test_vlm.py",
     "anyres": "methods/test_anyres.py",
+    "restore": "methods/test_restore.py",
     "doccompressor": "methods/test_doccompressor.py",
     "slime_router": "methods/test_slime_router.py",
 }

@@ -8,7 +8,7 @@ from tokred.cost import macs, solve_keep
 from tokred.methods import make_plan
 from tokred.models import EncoderDecoderConfig, ViTConfig, VLMConfig
 from tokred.plan import Plan
-from tokred.train.beside import plan_beside
+from tokred.train.beside import Beside
 from tokred.train.config import load_config
 from tokred.train.job import run_job
 from tokred.train.setup import make_setup
@@ -27,14 +27,18 @@ def recipe(name: str, *changes: str, beside=DEPTHS):
     return config
 
 
-def test_each_acts_in_its_part():
+def test_each_acts_in_its_part_behind_those_before():
     config = VLMConfig()
-    plan = plan_beside(config, {"mqt": {"length": 4}, "decoder/mod": {"keep": 0.5}})
-    assert plan == make_plan("mqt", config.layout, length=4) + make_plan(
-        "mod", config.decoder_layout(plan=make_plan("mqt", config.layout, length=4)), keep=0.5
-    )
-    assert {site.part for site, _ in plan.steps} == {"vision", "decoder"}
-    assert plan_beside(PAIRS, {}) == Plan()
+    queries = make_plan("mqt", config.layout, length=4)
+    found = Beside(config, {"tome": {"r": 4}, "restore": {}, "decoder/pmod": {}})(queries)
+    merging = make_plan("tome", config.layout, r=4) + make_plan("restore", config.layout)
+    layout = config.decoder_layout(plan=queries)
+    assert layout.images[1] == 4  # tokens of an image, which depths choose among
+    want = queries + merging + make_plan("pmod", layout, targets=4)
+    assert found.steps == want.steps and found.name == "mqt"
+    assert {site.part for site, _ in found.steps} == {"vision", "decoder"}
+    assert Beside(PAIRS, {})(Plan()) == Plan()
+    assert Beside(PAIRS, DEPTHS)(Plan()).name == "mod"
 
 
 @pytest.mark.parametrize(
@@ -47,17 +51,17 @@ def test_each_acts_in_its_part():
 )
 def test_what_a_model_lacks_is_named(model, name: str, sentence: str):
     with pytest.raises(ValueError, match=sentence):
-        plan_beside(model, {name: {}})
+        Beside(model, {name: {}})(Plan())
 
 
 def test_one_budget_is_for_all():
-    beside = plan_beside(PAIRS, DEPTHS)
+    beside = Beside(PAIRS, DEPTHS)
     alone, least = solve_keep(PAIRS, "mrt5", 0.8, layer=1)
-    both, most = solve_keep(PAIRS, "mrt5", 0.8, layer=1, beside=beside)
+    both, most = solve_keep(PAIRS, "mrt5", 0.8, layer=1, whole=beside)
     assert most > least and both.name == "mrt5"
     for plan in (alone, both):
         assert 0.75 < macs(PAIRS, plan) / macs(PAIRS) <= 0.8
-    assert solve_keep(PAIRS, "mrt5", 1.0, beside=beside)[0].steps[-1] == beside.steps[0]
+    assert solve_keep(PAIRS, "mrt5", 1.0, whole=beside)[0].steps[-1] == beside(Plan()).steps[0]
 
 
 def test_training_solves_for_the_whole_budget():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokred.train import matryoshka
+from tokred.train import finished, matryoshka
 from tokred.train.config import load_config
 from tokred.train.finished import claim, keep_rows
 from tokred.train.matryoshka import Job, answer_all, models
@@ -67,7 +67,7 @@ def test_a_run_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypa
     jobs.append(Job("free", config, tmp_path / "free", [{}]))
     with contextlib.ExitStack() as other:
         assert other.enter_context(claim(tmp_path / "held"))
-        monkeypatch.setattr(matryoshka.time, "sleep", lambda _: other.close())
+        monkeypatch.setattr(finished.time, "sleep", lambda _: other.close())
         assert len(answer_all(jobs, tmp_path)) == 3
     assert started == ["free", "held", "after"]
 

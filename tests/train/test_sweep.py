@@ -76,7 +76,7 @@ def test_jobs_are_recipes_times_budgets_times_seeds(tmp_path):
 
 
 def test_rows_bear_the_name_of_their_line(tmp_path, trained):
-    found = {job.name: run(job, tmp_path) for job in jobs(tmp_path)}
+    found = {job.name: run(job) for job in jobs(tmp_path)}
     lines = lambda name: [(r["line"], r["budget"]) for r in found[name]]  # noqa: E731
     baselines = [(name, ratio) for ratio in (0.5, 0.8) for name in module.BASELINES]
     assert lines("dense/seed_0") == [("dense", None), *baselines]
@@ -87,17 +87,17 @@ def test_rows_bear_the_name_of_their_line(tmp_path, trained):
 
 def test_what_is_finished_is_not_trained_again(tmp_path, trained, capsys):
     job = jobs(tmp_path)[0]
-    assert run(job, tmp_path) == run(job, tmp_path) == finished(job, tmp_path)
+    assert run(job) == run(job) == finished(job)
     assert len(trained) == 1
     job.config.train.steps += 1
-    assert finished(job, tmp_path) is None
+    assert finished(job) is None
 
 
 def test_a_half_written_run_is_told_and_done_again(tmp_path, trained, capsys):
     job = jobs(tmp_path)[0]
-    rows = run(job, tmp_path)
+    rows = run(job)
     (tmp_path / job.name / "rows.json").unlink()
-    assert run(job, tmp_path) == rows
+    assert run(job) == rows
     assert "dense/seed_0 was not finished" in capsys.readouterr().out
     assert len(trained) == 2
 

@@ -111,3 +111,11 @@ def test_the_first_stage_trains_the_connector_alone():
     connector = {n for n in names if n.startswith(("projector/", "vision/reductions/"))}
     assert set(align.names(names)) == connector
     assert set(train.names(names)) == set(names)
+
+
+def test_the_second_stage_may_leave_a_part_as_it_is():
+    changes = (*QUIET, "align.steps=2", "train.each=(1, 4)", "train.trainable=^(?!vision/blocks)")
+    setup = make_setup(load_config(str(RECIPES / "grid_mqt.py:smoke"), changes))
+    names = set(setup.shapes.params)
+    frozen = names - set(setup.stages[-1].names(setup.shapes.params))
+    assert frozen == {n for n in names if n.startswith("vision/blocks")}

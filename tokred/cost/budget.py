@@ -1,13 +1,13 @@
 """From a target in multiply-accumulates to a method's budget."""
 
 import bisect
+from collections.abc import Callable
 from typing import Any
 
 from tokred.cost.macs import Composite, Costed, macs
 from tokred.methods import get_method, make_plan
 from tokred.plan import Plan
 
-DENSE = Plan()
 STEPS = 4096  # keep is a multiple of 1 / STEPS
 
 
@@ -16,13 +16,14 @@ def solve_keep(
     method: str,
     ratio: float,
     *,
-    beside: Plan = DENSE,
+    whole: Callable[[Plan], Plan] = lambda plan: plan,
     **options: Any,
 ) -> tuple[Plan, float]:
     """The plan with the largest `keep` that costs at most `ratio` of the dense model; that keep.
 
     Counts are whole tokens, so cost is a staircase in `keep` and usually stays a little below the
-    target. beside: what is part of the plan besides. options: the method's other options.
+    target. whole: what the method's plan is part of, which is what costs. options: the method's
+    other ones.
 
     Raises:
       ValueError: a target below what the method can reach, or options that it does not take.
@@ -32,10 +33,10 @@ def solve_keep(
     make_plan(method, config.layout, **options)
     if "keep" not in get_method(method).options:
         raise ValueError(f"solve_keep: method {method!r} has no keep to solve for; choose another.")
-    make = lambda keep: make_plan(method, config.layout, keep=keep, **options).beside(beside)  # noqa: E731
-    whole = make(1.0)
+    make = lambda keep: whole(make_plan(method, config.layout, keep=keep, **options))  # noqa: E731
+    everything = make(1.0)
     if ratio >= 1:
-        return whole, 1.0
+        return everything, 1.0
     dense = macs(config)
 
     def cost(step: int) -> float:

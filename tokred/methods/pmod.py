@@ -155,7 +155,7 @@ def pmod(
     layout: Layout,
     *,
     keep: float = 0.5,
-    targets: int = 0,
+    targets: int | None = None,
     schedule: str = "cosine",
     highest: float = 0.85,
     lowest: float = 0.15,
@@ -167,11 +167,13 @@ def pmod(
     """Deep layers process few vision tokens, all weighted by a router; text is always processed.
 
     keep: the average ratio. schedule ('cosine', 'linear', 'interleave'), highest, lowest: see
-    `schedule.decaying_ratios`; layers of ratio 1 stay dense. layers: only these. Other options: see
-    `PMoD`.
+    `schedule.decaying_ratios`; layers of ratio 1 stay dense. layers: only these. targets: default
+    all tokens of the images that the layout tells of. Other options: see `PMoD`.
     """
     ratios = decaying_ratios(layout.depth, keep, kind=schedule, highest=highest, lowest=lowest)
     chosen = routing.layers_or(layers, range(layout.depth))
+    images, each = layout.images
+    targets = images * each if targets is None else targets
     steps = tuple(
         (Site("around", i), PMoD(ratio, targets, norm, scale, bias))
         for i, ratio in enumerate(ratios)

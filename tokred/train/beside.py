@@ -1,6 +1,8 @@
 """What stands beside a job's method in every plan: reductions of other parts of the model."""
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokred.methods import make_plan
@@ -9,25 +11,33 @@ from tokred.plan import Layout, Plan
 DECODER = "decoder"
 
 
-def plan_beside(model: Any, beside: Mapping[str, Mapping[str, Any]]) -> Plan:
-    """The plan of all methods, by name with their options; 'decoder/NAME' acts in the decoder of a
-    model that has one behind something else.
+@dataclass(frozen=True)
+class Beside:
+    """Methods by name with their options, made for what is left behind those before them;
+    'decoder/NAME' acts in the decoder of a model that has one behind something else.
 
-    model: the model's config. Raises ValueError for unknown methods, options and parts.
+    model: the model's config.
     """
-    plan = Plan()
-    for name, options in beside.items():
-        part, _, method = name.rpartition("/")
-        plan += make_plan(method, _layout_of(model, name, part, plan), **options)
-    return plan
 
+    model: Any
+    methods: Mapping[str, Mapping[str, Any]]
 
-def _layout_of(model: Any, name: str, part: str, before: Plan) -> Layout:
-    if not part:
-        return model.layout
-    if part != DECODER or not hasattr(model, "decoder_layout"):
-        raise ValueError(
-            f"config.beside: {name!r} names the part {part!r}, which {type(model).__name__} lacks; "
-            f"use the method's name, or '{DECODER}/NAME' where there is a decoder behind."
-        )
-    return model.decoder_layout(plan=before)
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan, under its own name, with all of them. Raises ValueError for unknown methods,
+        options and parts."""
+        whole = plan
+        for name, options in self.methods.items():
+            part, _, method = name.rpartition("/")
+            whole += make_plan(method, self._layout_of(name, part, whole), **options)
+        return dataclasses.replace(whole, name=plan.name if plan.steps else whole.name)
+
+    def _layout_of(self, name: str, part: str, before: Plan) -> Layout:
+        if not part:
+            return self.model.layout
+        if part != DECODER or not hasattr(self.model, "decoder_layout"):
+            raise ValueError(
+                f"config.beside: {name!r} names the part {part!r}, which "
+                f"{type(self.model).__name__} lacks; use the method's name, or '{DECODER}/NAME' "
+                "where there is a decoder behind."
+            )
+        return self.model.decoder_layout(plan=before)

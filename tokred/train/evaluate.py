@@ -63,7 +63,7 @@ def choose_plans(
         if name not in plans and keep is not None:
             plans[name] = (setup.plan(name, keep=keep), keep)
         elif name not in plans:
-            plans[name] = cost.solve_keep(setup.model, name, budget, beside=setup.beside)
+            plans[name] = cost.solve_keep(setup.model, name, budget, whole=setup.beside)
     return plans
 
 
@@ -73,7 +73,7 @@ def check_budget(setup: Setup) -> None:
     learns = rates.steps and rates.unit == "ratio"
     ratio = rates.target if learns else setup.config.evaluate.macs
     for name in setup.config.evaluate.methods:
-        cost.solve_keep(setup.model, name, ratio, beside=setup.beside)
+        cost.solve_keep(setup.model, name, ratio, whole=setup.beside)
 
 
 def macs_ratio(setup: Setup, plan: Plan) -> float:

@@ -15,7 +15,6 @@ processes, one for each device or core, shares the runs among them.
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from tokred import viz
 from tokred.train.cli import Arguments, run
 from tokred.train.config import Config, load_config, to_json
 from tokred.train.evaluate import macs_ratio, make_evaluator
-from tokred.train.finished import claim, keep_rows, read_rows
+from tokred.train.finished import keep_rows, read_rows, shared
 from tokred.train.inputs import make_inputs
 from tokred.train.job import train
 from tokred.train.seeds import read_seeds
@@ -36,7 +35,7 @@ RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
 CONDITIONED = {"quecc": True, "quecc without the question": False}
-ANSWERS, PAUSE = "answers.json", 5  # seconds between looks for what other processes finish
+ANSWERS = "answers.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -114,20 +113,14 @@ class Job(NamedTuple):
 
 
 def answer_all(jobs: Sequence[Job], workdir: Path) -> list[Row]:
-    """The rows of all, in their order; what another process works at is left to it."""
+    """The rows of all, in their order, written after each."""
     found: dict[int, list[Row]] = {}
-    while len(found) < len(jobs):
-        before = len(found)
-        for i, job in enumerate(jobs):
-            if i in found or not job.ready:
-                continue
-            with claim(job.workdir) as mine:
-                if mine:
-                    found[i] = answer(job)
-                    write([row for i in sorted(found) for row in found[i]], workdir)
-        if len(found) == before:
-            time.sleep(PAUSE)
-    return [row for i in sorted(found) for row in found[i]]
+    rows: list[Row] = []
+    for i, more in shared(jobs, answer):
+        found[i] = more
+        rows = [row for i in sorted(found) for row in found[i]]
+        write(rows, workdir)
+    return rows
 
 
 def answer(job: Job) -> list[Row]:

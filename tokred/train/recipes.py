@@ -86,7 +86,7 @@ def grid_config() -> Config:
     config.model.image_positions = "place"
     config.data.options = {"kinds": ("which", "which", "row", "read")}
     config.data.update({"batch": 48, "eval_batch": 100, "eval_rows": 2000})
-    config.train.steps = 2000
+    config.train.steps = 3000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.05})
     return config
 

@@ -15,7 +15,7 @@ from tokred.cost import solve_keep
 from tokred.methods import diffrate, get_method, make_plan
 from tokred.nn.skeleton import Arrays, Skeleton, Weights, split_model
 from tokred.plan import LayerCount, Layout, Plan
-from tokred.train.beside import plan_beside
+from tokred.train.beside import Beside
 from tokred.train.checkpoint import Checkpoints
 from tokred.train.config import Config, from_json, model_config
 from tokred.train.families import Family, find_family, objective_fields
@@ -26,7 +26,6 @@ from tokred.train.processes import to_host
 from tokred.train.state import State, born_sharded
 from tokred.train.varied import Varied, vary_options
 
-DENSE = Plan()
 WEIGHTS = "^(?!reductions/)"
 REDUCTIONS = "^reductions/"
 
@@ -48,8 +47,8 @@ class Setup:
     shapes: Weights
     stages: tuple[Stage, ...]
     build: Callable[[], Any]
+    beside: Beside
     frozen: dict[str, Arrays] = field(default_factory=dict)
-    beside: Plan = DENSE
 
     @property
     def layout(self) -> Layout:
@@ -62,7 +61,7 @@ class Setup:
 
     def plan(self, method: str, **options: Any) -> Plan:
         """The packed plan of a method, with what stands beside it."""
-        return make_plan(method, self.layout, **options).beside(self.beside)
+        return self.beside(make_plan(method, self.layout, **options))
 
     def counts(self, plan: Plan) -> tuple[LayerCount, ...]:
         """Tokens in each layer of the part that the method is made for."""
@@ -110,7 +109,7 @@ def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     mesh = make_mesh(config.mesh.shape, config.mesh.axes, devices)
     rules = (*((pattern, tuple(axes)) for pattern, axes in config.mesh.rules), *RULES)
     teacher, frozen = read_teacher(config, devices)
-    beside = plan_beside(model, config.beside.to_dict())
+    beside = Beside(model, config.beside.to_dict())
     stages = make_stages(config, model, teacher, beside)
     plan = stages[-1].objective.plan
 
@@ -121,7 +120,7 @@ def make_setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
 
     skeleton, shapes = split_model(nnx.eval_shape(build))
     shapes = with_places(shapes, mesh, rules)
-    return Setup(config, model, mesh, rules, skeleton, shapes, stages, build, frozen, beside)
+    return Setup(config, model, mesh, rules, skeleton, shapes, stages, build, beside, frozen)
 
 
 def restore_setup(
@@ -164,13 +163,13 @@ def read_teacher(
 
 
 def make_stages(
-    config: Config, model: Any, teacher: Teacher | None, beside: Plan
+    config: Config, model: Any, teacher: Teacher | None, beside: Beside
 ) -> tuple[Stage, ...]:
     """Training under config.train's method, then, if asked, of the rates alone."""
     train, rates, loss = config.train, config.rates, config.loss
     options = dict(train.options)
     if train.macs is not None:
-        _, options["keep"] = solve_keep(model, train.method, train.macs, beside=beside, **options)
+        _, options["keep"] = solve_keep(model, train.method, train.macs, whole=beside, **options)
     make = lambda method, options: training_plan(method, model.layout, dict(options), beside)  # noqa: E731
     plan = make(train.method, options)
     shared = {**objective_fields(config), "aux_weight": loss.aux_weight}
@@ -178,18 +177,16 @@ def make_stages(
     optimizer = dict(config.optimizer)
     accumulate, ema = optimizer.pop("accumulate"), optimizer.pop("ema")
     learned = get_method(train.method).learned
-    everything = "" if learned or beside.steps else WEIGHTS
+    trainable = train.trainable or ("" if learned or beside.methods else WEIGHTS)
     varied = _varied(train, options, make)
     objective = make_objective(plan, **shared, teacher=teacher, remat=train.remat, varied=varied)
     stages = []
     if config.align.steps:
         first = {**optimizer, "lr": config.align.lr}
-        trainable = config.align.trainable
-        stages = [Stage("align", objective, config.align.steps, trainable, first, accumulate, ema)]
+        part = config.align.trainable
+        stages = [Stage("align", objective, config.align.steps, part, first, accumulate, ema)]
     if train.steps:
-        stages.append(
-            Stage("train", objective, train.steps, everything, optimizer, accumulate, ema)
-        )
+        stages.append(Stage("train", objective, train.steps, trainable, optimizer, accumulate, ema))
     if rates.steps:
         if learned:
             raise ValueError(
@@ -225,9 +222,9 @@ def _varied(
     return Varied(plans, train.rule, weights, tuple(train.pivots))
 
 
-def training_plan(method: str, layout: Layout, options: dict[str, Any], beside: Plan) -> Plan:
+def training_plan(method: str, layout: Layout, options: dict[str, Any], beside: Beside) -> Plan:
     """The plan to train under: where the method learns, the twin that it trains."""
-    plan, about = make_plan(method, layout, **options).beside(beside), get_method(method)
+    plan, about = beside(make_plan(method, layout, **options)), get_method(method)
     return plan.with_twin(about.trains) if about.learned else plan
 
 

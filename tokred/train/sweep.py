@@ -6,9 +6,11 @@ runs every job that is not finished, one after another, and writes DIR/results.c
 line per run and method), DIR/frontier.png and DIR/report.md. --jobs prints a command per job, for
 an array of them (in rounds: the dense ones first, since others may start from them), --job=NAME
 runs one, --collect writes the table of what is there. A job that was stopped goes on from its last
-checkpoint.
+checkpoint. The same command in several processes, one for each device or core, shares the jobs
+among them.
 """
 
+import functools
 import json
 import shlex
 import sys
@@ -19,12 +21,12 @@ from typing import Any
 
 from tokred.train.cli import Arguments
 from tokred.train.config import Config, import_file, load_config, to_json
-from tokred.train.finished import keep_rows, read_rows
+from tokred.train.finished import LOCK, keep_rows, read_rows, shared
 from tokred.train.job import evaluate_job, run_job
 from tokred.train.seeds import fill_start, read_seeds
 from tokred.train.tidy import Row, write_report
 
-DENSE, SMALLER = "dense", "smaller dense"
+DENSE, SMALLER, ROWS = "dense", "smaller dense", "rows.json"
 BASELINES = ("random", "uniform", "pooling")
 
 
@@ -46,7 +48,8 @@ class Sweep:
 
     dense: the recipe without reduction. ratios: shares of its MACs at which `baselines` act on its
     weights, and at which dense models of fewer layers are trained. trials: by name. score: the
-    field of the rows that the picture shows.
+    field of the rows that the picture shows. depth: the field of the config with the layers of what
+    is reduced.
     """
 
     dense: str
@@ -55,18 +58,32 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     baselines: tuple[str, ...] = BASELINES
     score: str = "accuracy"
+    depth: str = "model.depth"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. name: its directory. line: what its rows are called, for reductions that were not
-    trained their own name. more: shares of the dense MACs at which such reductions act, too."""
+    """One run. name: its directory within that of the sweep. line: what its rows are called, for
+    reductions that were not trained their own name. more: shares of the dense MACs at which such
+    reductions act, too. after: the directory of the run that it goes on from, None where it starts
+    afresh or from elsewhere."""
 
     name: str
     line: str
     budget: float | None
     config: Config
+    base: Path
     more: tuple[float, ...] = ()
+    after: Path | None = None
+
+    @property
+    def workdir(self) -> Path:
+        return self.base / self.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether what it goes on from is finished."""
+        return self.after is None or (self.after / ROWS).exists()
 
 
 def make_parser() -> Arguments:
@@ -93,14 +110,16 @@ def main(argv: Sequence[str]) -> None:
         command.remove("--jobs")
         print(*(shlex.join([*command, f"--job={name}"]) for name in jobs), sep="\n")
     elif args.job is not None:
-        run_named(args.job, jobs, args.workdir)
+        run_named(args.job, jobs)
     else:
         rows: list[Row] = []
-        for name, job in jobs.items():
-            found = finished(job, args.workdir) if args.collect else run(job, args.workdir)
-            if found is None:
+        found = dict(enumerate(finished(job) for job in jobs.values()))
+        if not args.collect:
+            found |= dict(shared(list(jobs.values()), run))
+        for name, more in zip(jobs, found.values(), strict=True):
+            if more is None:
                 print(f"{name} is not finished and not in the table", file=sys.stderr)
-            rows += found or []
+            rows += more or []
         _tell_strangers(jobs, args.workdir)
         write_report(rows, args.workdir, shlex.join(command), sweep.score)
 
@@ -144,20 +163,27 @@ def list_jobs(
         dense.seed, dense.evaluate.methods = seed, sweep.baselines
         lowest, *more = sorted(sweep.ratios)
         dense.evaluate.macs = lowest
-        yield Job(f"{DENSE}/seed_{seed}", DENSE, None, dense, tuple(more))
-        for depth in _depths(dense.model.depth, sweep.ratios):
-            config = load_config(sweep.dense, [*overrides, f"model.depth={depth}"])
+        yield Job(f"{DENSE}/seed_{seed}", DENSE, None, dense, workdir, tuple(more))
+        for depth in _depths(_field(dense, sweep.depth), sweep.ratios):
+            config = load_config(sweep.dense, [*overrides, f"{sweep.depth}={depth}"])
             config.seed, config.evaluate.methods = seed, ()
-            yield Job(f"smaller_dense/depth_{depth}/seed_{seed}", SMALLER, depth, config)
+            yield Job(f"smaller_dense/depth_{depth}/seed_{seed}", SMALLER, depth, config, workdir)
         for name, trial in sweep.trials.items():
             for budget in trial.budgets or (None,):
                 own = [] if budget is None else [f"{trial.field}={budget}"]
                 config = load_config(trial.recipe, [*overrides, *trial.changes, *own])
                 config.seed, config.evaluate.methods = seed, ()
                 base = workdir / DENSE / f"seed_{seed}"
+                after = base if "{dense}" in (config.start_from or "") else None
                 config.start_from = fill_start(config.start_from, seed=seed, dense=base)
                 part = "" if budget is None else f"/{budget:g}"
-                yield Job(f"{name}{part}/seed_{seed}", name, budget, config)
+                where = f"{name}{part}/seed_{seed}"
+                yield Job(where, name, budget, config, workdir, after=after)
+
+
+def _field(config: Config, path: str) -> Any:
+    """The value of 'a.b'."""
+    return functools.reduce(lambda section, name: section[name], path.split("."), config)
 
 
 def _depths(depth: int, ratios: Sequence[float]) -> list[int]:
@@ -166,37 +192,37 @@ def _depths(depth: int, ratios: Sequence[float]) -> list[int]:
     return sorted(near - {depth}, reverse=True)
 
 
-def run_named(name: str, jobs: Mapping[str, Job], workdir: Path) -> None:
+def run_named(name: str, jobs: Mapping[str, Job]) -> None:
     """Runs one job. Raises ValueError where there is none of this name."""
     if name not in jobs:
         raise ValueError(f"sweep has no job {name!r}; --jobs lists all {len(jobs)}.")
-    for row in run(jobs[name], workdir):
+    for row in run(jobs[name]):
         print(json.dumps(row))
 
 
-def finished(job: Job, workdir: Path) -> list[Row] | None:
+def finished(job: Job) -> list[Row] | None:
     """The rows of a finished job; None where it is not finished, or was another job."""
-    return read_rows(workdir / job.name / "rows.json", _identity(job))
+    return read_rows(job.workdir / ROWS, _identity(job))
 
 
 def _identity(job: Job) -> Any:
     return {"config": to_json(job.config), "more": job.more}
 
 
-def run(job: Job, workdir: Path) -> list[Row]:
+def run(job: Job) -> list[Row]:
     """Trains, or goes on, and evaluates; the rows are kept in rows.json, which is written last."""
-    kept = finished(job, workdir)
+    kept = finished(job)
     if kept is not None:
         return kept
-    here = workdir / job.name
-    if here.exists() and any(here.iterdir()):
+    here = job.workdir
+    if any(path.name != LOCK for path in here.glob("*")):
         print(f"{job.name} was not finished; it goes on from its last checkpoint, if any")
     found = run_job(job.config, here)
     for ratio in job.more:
         others = evaluate_job(here, methods=job.config.evaluate.methods, ratio=ratio)
         found += [row | {"budget": ratio} for row in others if row["method"] != DENSE]
     rows = [_named(job, row) for row in found if _belongs(job, row)]
-    keep_rows(here / "rows.json", _identity(job), rows)
+    keep_rows(here / ROWS, _identity(job), rows)
     return rows
 
 
@@ -219,6 +245,6 @@ def _named(job: Job, row: Row) -> Row:
 
 def _tell_strangers(jobs: Mapping[str, Job], workdir: Path) -> None:
     """Says which finished runs in the workdir are of no job any more."""
-    found = {str(path.parent.relative_to(workdir)) for path in workdir.rglob("rows.json")}
+    found = {str(path.parent.relative_to(workdir)) for path in workdir.rglob(ROWS)}
     for name in sorted(found - set(jobs)):
         print(f"{name} is no job of this sweep and not in the table", file=sys.stderr)
