@@ -1,5 +1,5 @@
 """Matryoshka queries in a model that has been trained with all tokens: first the connector learns,
-then everything.
+then the decoder with it. As usual in the field, the vision model stays as it is.
 
 python train.py --config=configs/grid_mqt_two_stage.py --workdir=runs/grid_mqt_two_stage \\
   --config.start_from=runs/grid_dense  # or start_parts.vision, start_parts.decoder
@@ -13,4 +13,5 @@ def get_config(arg: str = "") -> Config:
     config = nested_config()
     config.align.steps, config.train.steps = 100, 500
     config.optimizer.lr = 1e-3
+    config.train.trainable = "^(projector|decoder|.*reductions)/"
     return finish(config, arg)

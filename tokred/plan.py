@@ -276,7 +276,7 @@ class Plan:
             tokens that leave within a span, or evidence that the model cannot give.
         """
         if layout.part:
-            return self.of(layout.part).counts(dataclasses.replace(layout, part=""))
+            return self.of(layout.part).counts(layout.alone)
         self.check(layout)
         n = self._after(self.at("input"), layout.tokens, layout)
         rows, outside = [], []

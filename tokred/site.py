@@ -1,5 +1,6 @@
 """Places in a model, what may be asked there, and what a plan may know of the model."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ class Layout:
     def of_sequence(cls, depth: int, tokens: int, width: int, heads: int) -> "Layout":
         """Of a model that reads so many tokens one after another, without any in front."""
         return cls(depth, tokens, 0, (1, tokens), False, width, heads)
+
+    @property
+    def alone(self) -> "Layout":
+        """The same as of a model of its own, for `Plan.of` this part."""
+        return dataclasses.replace(self, part="")
 
     @property
     def patches(self) -> int:

@@ -30,7 +30,7 @@ def recipe(name: str, *changes: str, beside=DEPTHS):
 def test_each_acts_in_its_part_behind_those_before():
     config = VLMConfig()
     queries = make_plan("mqt", config.layout, length=4)
-    found = Beside(config, {"tome": {"r": 4}, "restore": {}, "decoder/pmod": {}})(queries)
+    found = Beside(config, {"decoder/pmod": {}, "tome": {"r": 4}, "restore": {}})(queries)
     merging = make_plan("tome", config.layout, r=4) + make_plan("restore", config.layout)
     layout = config.decoder_layout(plan=queries)
     assert layout.images[1] == 4  # tokens of an image, which depths choose among

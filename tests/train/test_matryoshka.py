@@ -23,7 +23,7 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
     }
     assert list(found) == [
         "mqt",
-        matryoshka.TWICE,
+        matryoshka.LONGER,
         "mqt only 1",
         "mqt only 4",
         "pooling",
@@ -48,7 +48,10 @@ def test_there_is_a_model_for_all_lengths_and_one_for_each():
         (train.method, train.vary, train.options.keep) == ("quecc", "", 1 / 64) for train in told
     )
     steps = {name: config.train.steps for name, (config, _) in found.items()}
-    assert steps.pop(matryoshka.TWICE) == 2 * steps["mqt"] and len({*steps.values()}) == 1
+    assert (
+        steps.pop(matryoshka.LONGER) == matryoshka.TIMES * steps["mqt"]
+        and len({*steps.values()}) == 1
+    )
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypatch):
@@ -89,7 +92,7 @@ def test_a_study_writes_rows_for_every_length(tmp_path: Path, monkeypatch):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     asked = [(row["model"], row["tokens"]) for row in rows]
     assert asked == [
-        ("dense", 64), ("mqt", 1), ("mqt", 4), (matryoshka.TWICE, 1), (matryoshka.TWICE, 4),
+        ("dense", 64), ("mqt", 1), ("mqt", 4), (matryoshka.LONGER, 1), (matryoshka.LONGER, 4),
         ("mqt only 1", 1), ("mqt only 4", 4), ("uniform", 1), ("uniform", 4),
         *((name, 1) for name in matryoshka.CONDITIONED),
     ]  # fmt: skip

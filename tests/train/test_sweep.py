@@ -186,3 +186,16 @@ def test_a_sweep_runs(tmp_path, capsys):
     main([str(tiny), f"--workdir={tmp_path / 'runs'}", "--config.log.progress=False"])
     assert "rates 0.5" in capsys.readouterr().out
     assert (tmp_path / "runs" / "frontier.png").stat().st_size > 1000
+
+
+def test_parts_of_a_larger_model_are_swept(tmp_path):
+    """Fewer layers are those of what is reduced; one budget is for all that is composed."""
+    found = {job.name: job for job in list_jobs(load_sweep("configs/sweep/grid.py"), tmp_path, [0])}
+    assert found["smaller_dense/depth_2/seed_0"].config.model.vision.depth == 2
+    composed = found["all three/0.55/seed_0"]
+    assert composed.config.train.macs == 0.55 and not composed.ready
+    assert composed.after == tmp_path / "dense" / "seed_0"
+    depths = found["depths/0.2/seed_0"].config
+    assert depths.beside["decoder/pmod"].keep == 0.2
+    assert found["queries/0.65/seed_0"].config.train.options.start == "local"
+    assert found["dense/seed_0"].ready

@@ -17,13 +17,14 @@ def solve_keep(
     ratio: float,
     *,
     whole: Callable[[Plan], Plan] = lambda plan: plan,
+    tokens: int | None = None,
     **options: Any,
 ) -> tuple[Plan, float]:
     """The plan with the largest `keep` that costs at most `ratio` of the dense model; that keep.
 
     Counts are whole tokens, so cost is a staircase in `keep` and usually stays a little below the
-    target. whole: what the method's plan is part of, which is what costs. options: the method's
-    other ones.
+    target. whole: what the method's plan is part of, which is what costs. tokens: of an example,
+    see `macs`. options: the method's other ones.
 
     Raises:
       ValueError: a target below what the method can reach, or options that it does not take.
@@ -37,7 +38,7 @@ def solve_keep(
     everything = make(1.0)
     if ratio >= 1:
         return everything, 1.0
-    dense = macs(config)
+    dense = macs(config, tokens=tokens)
 
     def cost(step: int) -> float:
         """Relative cost at keep = step / STEPS; below what the method can do, 0."""
@@ -45,7 +46,7 @@ def solve_keep(
             plan = make(step / STEPS)
         except ValueError:
             return 0.0
-        return macs(config, plan) / dense
+        return macs(config, plan, tokens=tokens) / dense
 
     steps = range(1, STEPS + 1)
     best = bisect.bisect_right(steps, ratio, key=cost)

@@ -10,7 +10,6 @@ reduction treats as patches. The released head over the class token's states is 
 from a draw, where it copies the class token; the mean leaves out registers and padding.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -194,5 +193,5 @@ def clca(
     if keep == 1:
         return Plan(name="clca")
     options = {"keep": keep} if layers is None else {"keep": keep, "layers": layers}
-    plan = make_plan(base, dataclasses.replace(layout, part=""), **options)
+    plan = make_plan(base, layout.alone, **options)
     return with_cache(plan, layout, own=own, mean=mean, last=last)

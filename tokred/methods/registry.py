@@ -101,7 +101,7 @@ def make_plan(name: str, layout: Layout, **options: Any) -> Plan:
     if "class token" in method.needs:
         require_class_token(f"method {name!r}", layout)
     plan = method.make(dataclasses.replace(layout, round_to=round_to), **options)
-    _check_tiles(name, plan.of("").counts(dataclasses.replace(layout, part="")), layout, round_to)
+    _check_tiles(name, plan.of("").counts(layout.alone), layout, round_to)
     return plan.within(layout.part)
 
 

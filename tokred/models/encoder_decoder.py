@@ -223,7 +223,7 @@ class EncoderDecoder(nnx.Module):
         return dataclasses.replace(self.config, context=self.config.target_context)
 
     def _decoder_layout(self, tokens: int) -> Layout:
-        return dataclasses.replace(self.config.decoder_layout(tokens), part="")
+        return self.config.decoder_layout(tokens).alone
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class DecoderCost:
         return self.layout_of(self.config.target_context)
 
     def layout_of(self, tokens: int) -> Layout:
-        return dataclasses.replace(self.config.decoder_layout(tokens), part="")
+        return self.config.decoder_layout(tokens).alone
 
     @property
     def projection_macs(self) -> tuple[int, int, int]:

@@ -94,7 +94,7 @@ class VLMConfig:
 
     def image_tokens(self, plan: Plan = DENSE) -> int:
         """K, the tokens of one image that reach the decoder."""
-        seen, layout = plan.of("vision"), dataclasses.replace(self.layout, part="")
+        seen, layout = plan.of("vision"), self.layout.alone
         n = seen.counts(layout)[-1].out
         for _, reduction in seen.at("output"):
             n = reduction.slots(n, layout.prefix, seen.twin)
@@ -179,7 +179,7 @@ class VLM(nnx.Module):
         init = nnx.initializers.normal(hidden**-0.5)
         line = (hidden,), c.decoder.param_dtype
         self.newline = nnx.Param(init(rngs.params(), *line)) if c.newline else None
-        layout = dataclasses.replace(config.layout, width=hidden, prefix=0, part="")
+        layout = dataclasses.replace(config.layout.alone, width=hidden, prefix=0)
         self.reductions = nnx.Dict(plan.of("connector").build(layout, rngs))
 
     def __call__(

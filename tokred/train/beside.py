@@ -13,8 +13,8 @@ DECODER = "decoder"
 
 @dataclass(frozen=True)
 class Beside:
-    """Methods by name with their options, made for what is left behind those before them;
-    'decoder/NAME' acts in the decoder of a model that has one behind something else.
+    """Methods by name with their options; 'decoder/NAME' acts in the decoder of a model that has
+    one behind something else, and is made for what all others leave it.
 
     model: the model's config.
     """
@@ -26,7 +26,8 @@ class Beside:
         """The plan, under its own name, with all of them. Raises ValueError for unknown methods,
         options and parts."""
         whole = plan
-        for name, options in self.methods.items():
+        in_order = sorted(self.methods.items(), key=lambda item: "/" in item[0])
+        for name, options in in_order:
             part, _, method = name.rpartition("/")
             whole += make_plan(method, self._layout_of(name, part, whole), **options)
         return dataclasses.replace(whole, name=plan.name if plan.steps else whole.name)

@@ -63,7 +63,7 @@ def choose_plans(
         if name not in plans and keep is not None:
             plans[name] = (setup.plan(name, keep=keep), keep)
         elif name not in plans:
-            plans[name] = cost.solve_keep(setup.model, name, budget, whole=setup.beside)
+            plans[name] = _solved(setup, name, budget)
     return plans
 
 
@@ -73,7 +73,12 @@ def check_budget(setup: Setup) -> None:
     learns = rates.steps and rates.unit == "ratio"
     ratio = rates.target if learns else setup.config.evaluate.macs
     for name in setup.config.evaluate.methods:
-        cost.solve_keep(setup.model, name, ratio, whole=setup.beside)
+        _solved(setup, name, ratio)
+
+
+def _solved(setup: Setup, method: str, ratio: float) -> tuple[Plan, float]:
+    whole, tokens = setup.beside, setup.tokens
+    return cost.solve_keep(setup.model, method, ratio, whole=whole, tokens=tokens)
 
 
 def macs_ratio(setup: Setup, plan: Plan) -> float:

@@ -3,12 +3,12 @@
 python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
 
 Trains a model with all tokens on questions about grids of digits (--start), and goes on from it,
-first the connector, then everything (--config): Matryoshka queries whose length is drawn for every
-step, the same for twice the steps, queries of one fixed length for each of --lengths, and average
-pooling, uniform and random tokens whose number is drawn likewise; answers with every length. Beside
-them a connector of one token that is told the question (QueCC), and the same without it. Writes
-DIR/results.json and DIR/lengths.png and prints shares of right answers, means and half ranges over
-the seeds.
+first the connector, then the decoder too (--config): Matryoshka queries whose length is drawn for
+every step, the same for four times the steps, queries of one fixed length for each of --lengths,
+and average pooling, uniform and random tokens whose number is drawn likewise; answers with every
+length. Beside them a connector of one token that is told the question (QueCC), and the same without
+it. Writes DIR/results.json and DIR/lengths.png and prints shares of right answers, means and half
+ranges over the seeds.
 
 A run that is finished is not repeated, one that was stopped goes on. The same command in several
 processes, one for each device or core, shares the runs among them.
@@ -30,7 +30,8 @@ from tokred.train.seeds import read_seeds
 from tokred.train.setup import make_setup
 
 Row = dict[str, Any]
-DENSE, ONLY, TWICE = "dense", "mqt only", "mqt, twice the steps"
+DENSE, ONLY, LONGER = "dense", "mqt only", "mqt, four times the steps"
+TIMES = 4
 RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
@@ -83,8 +84,8 @@ def models(
     each, whole = dict(config.train.options), make_setup(config).layout.tokens
     nested = [{**each, "length": m} for m in lengths]
     yield "mqt", config_of(each=tuple(lengths)), nested
-    twice = config_of(each=tuple(lengths), steps=2 * config.train.steps)
-    yield TWICE, twice, nested
+    longer = config_of(each=tuple(lengths), steps=TIMES * config.train.steps)
+    yield LONGER, longer, nested
     for options in nested:
         yield f"{ONLY} {options['length']}", config_of(each=(options["length"],)), [options]
     for name in baselines:

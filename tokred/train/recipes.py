@@ -85,9 +85,18 @@ def grid_config() -> Config:
     decoder.update({"width": 96, "depth": 3, "heads": 3, "hidden": 192, "context": 96})
     config.model.image_positions = "place"
     config.data.options = {"kinds": ("which", "which", "row", "read")}
-    config.data.update({"batch": 48, "eval_batch": 100, "eval_rows": 2000})
+    config.data.update({"batch": 48, "eval_batch": 100, "eval_rows": 2000, "length": 26})
     config.train.steps = 3000
     config.optimizer.update({"lr": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "end": 0.05})
+    return config
+
+
+def continued_grid_config() -> Config:
+    """What the recipes that go on from a model of `grid_config` share; set start_from. First what
+    is new learns, then everything."""
+    config = grid_config()
+    config.align.steps, config.train.steps = 100, 500
+    config.optimizer.lr = 1e-3
     return config
 
 

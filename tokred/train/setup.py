@@ -1,6 +1,5 @@
 """From a config to what a job runs on: mesh, model without arrays, teacher, and the stages."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,7 @@ class Setup:
     def counts(self, plan: Plan) -> tuple[LayerCount, ...]:
         """Tokens in each layer of the part that the method is made for."""
         part = self.layout.part
-        return plan.of(part).counts(dataclasses.replace(self.layout, part=""))
+        return plan.of(part).counts(self.layout.alone)
 
     def objective(self, plan: Plan) -> Objective:
         """What the task minimises and measures, under a plan and without a teacher."""
@@ -169,7 +168,8 @@ def make_stages(
     train, rates, loss = config.train, config.rates, config.loss
     options = dict(train.options)
     if train.macs is not None:
-        _, options["keep"] = solve_keep(model, train.method, train.macs, whole=beside, **options)
+        counted = {"whole": beside, "tokens": config.data.get("length")}
+        _, options["keep"] = solve_keep(model, train.method, train.macs, **counted, **options)
     make = lambda method, options: training_plan(method, model.layout, dict(options), beside)  # noqa: E731
     plan = make(train.method, options)
     shared = {**objective_fields(config), "aux_weight": loss.aux_weight}

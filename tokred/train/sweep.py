@@ -24,6 +24,7 @@ from tokred.train.config import Config, import_file, load_config, to_json
 from tokred.train.finished import LOCK, keep_rows, read_rows, shared
 from tokred.train.job import evaluate_job, run_job
 from tokred.train.seeds import fill_start, read_seeds
+from tokred.train.setup import make_setup
 from tokred.train.tidy import Row, write_report
 
 DENSE, SMALLER, ROWS = "dense", "smaller dense", "rows.json"
@@ -221,22 +222,16 @@ def run(job: Job) -> list[Row]:
     for ratio in job.more:
         others = evaluate_job(here, methods=job.config.evaluate.methods, ratio=ratio)
         found += [row | {"budget": ratio} for row in others if row["method"] != DENSE]
-    rows = [_named(job, row) for row in found if _belongs(job, row)]
+    learned = make_setup(job.config).stages[-1].objective.plan.name
+    if learned != DENSE:  # then the dense row is none of this sweep's lines
+        found = [row for row in found if row["method"] != DENSE]
+    rows = [_named(job, row, learned) for row in found]
     keep_rows(here / ROWS, _identity(job), rows)
     return rows
 
 
-def _learned(config: Config) -> str:
-    return config.rates.method if config.rates.steps else config.train.method
-
-
-def _belongs(job: Job, row: Row) -> bool:
-    """The dense row of what learns a reduction is none of this sweep's lines."""
-    return row["method"] != DENSE or _learned(job.config) == DENSE
-
-
-def _named(job: Job, row: Row) -> Row:
-    learned, method = _learned(job.config), row["method"]
+def _named(job: Job, row: Row, learned: str) -> Row:
+    method = row["method"]
     mine = method.startswith(learned)
     line = job.line + method.removeprefix(learned) if mine else method
     budget = job.budget if mine else row.get("budget", job.config.evaluate.macs)
