@@ -66,7 +66,7 @@ def test_one_budget_is_for_all():
 
 def test_training_solves_for_the_whole_budget():
     config = recipe("mrt5_bytes.py:smoke", "train.macs=0.8")
-    config.train.options = {"layer": 1, "capacity": None}
+    config.train.options = {"layer": 1, "capacity": None, "keep": 0.9}  # keep is solved
     setup = make_setup(config)
     plan = setup.stages[-1].objective.plan
     assert {site.part for site, _ in plan.steps} == {"", "decoder"} and plan.twin == "soft"

@@ -199,3 +199,14 @@ def test_parts_of_a_larger_model_are_swept(tmp_path):
     assert depths.beside["decoder/pmod"].keep == 0.2
     assert found["queries/0.65/seed_0"].config.train.options.start == "local"
     assert found["dense/seed_0"].ready
+
+
+def test_a_sweep_may_go_on_from_models_of_each_seed(tmp_path):
+    """Without ratios there are neither baselines nor smaller models."""
+    sweep, start = load_sweep("configs/sweep/bytes.py"), "start_from=runs/pretrain/seed_{seed}"
+    found = {job.name: job for job in list_jobs(sweep, tmp_path, [0, 1], [start])}
+    names = {name.split("/")[0] for name in found}
+    assert names == {"dense", "gate", "random", "stride", "depths", "gate and depths"}
+    starts = {name: job.config.start_from for name, job in found.items()}
+    assert starts["dense/seed_1"] == starts["depths/seed_1"] == "runs/pretrain/seed_1"
+    assert all(job.ready for job in found.values())

@@ -168,6 +168,7 @@ def make_stages(
     train, rates, loss = config.train, config.rates, config.loss
     options = dict(train.options)
     if train.macs is not None:
+        options.pop("keep", None)
         counted = {"whole": beside, "tokens": config.data.get("length")}
         _, options["keep"] = solve_keep(model, train.method, train.macs, **counted, **options)
     make = lambda method, options: training_plan(method, model.layout, dict(options), beside)  # noqa: E731

@@ -49,7 +49,7 @@ class Sweep:
 
     dense: the recipe without reduction. ratios: shares of its MACs at which `baselines` act on its
     weights, and at which dense models of fewer layers are trained. trials: by name. score: the
-    field of the rows that the picture shows. depth: the field of the config with the layers of what
+    field of the rows that the picture shows, where less is better for 'loss'. depth: the field of the config with the layers of what
     is reduced.
     """
 
@@ -162,11 +162,13 @@ def list_jobs(
     for seed in seeds:
         dense = load_config(sweep.dense, overrides)
         dense.seed, dense.evaluate.methods = seed, sweep.baselines
-        lowest, *more = sorted(sweep.ratios)
+        dense.start_from = fill_start(dense.start_from, seed=seed)
+        lowest, *more = sorted(sweep.ratios) or [dense.evaluate.macs]
         dense.evaluate.macs = lowest
         yield Job(f"{DENSE}/seed_{seed}", DENSE, None, dense, workdir, tuple(more))
         for depth in _depths(_field(dense, sweep.depth), sweep.ratios):
             config = load_config(sweep.dense, [*overrides, f"{sweep.depth}={depth}"])
+            config.start_from = fill_start(config.start_from, seed=seed)
             config.seed, config.evaluate.methods = seed, ()
             yield Job(f"smaller_dense/depth_{depth}/seed_{seed}", SMALLER, depth, config, workdir)
         for name, trial in sweep.trials.items():
