@@ -1,5 +1,5 @@
-"""Corrupted spans of bytes: a delete gate in the encoder, Mixture-of-Depths in the decoder, and both
-under one budget; random and evenly spaced deletion as controls.
+"""Corrupted spans of bytes: a delete gate in the encoder, Mixture-of-Depths in the decoder, and
+both under one budget; random and evenly spaced deletion as controls.
 
 python -m tokred sweep configs/sweep/bytes.py --workdir=runs/sweep_bytes \\
   --config.start_from=runs/mrt5_bytes_pretrain/seed_{seed}

@@ -49,7 +49,7 @@ class Sweep:
 
     dense: the recipe without reduction. ratios: shares of its MACs at which `baselines` act on its
     weights, and at which dense models of fewer layers are trained. trials: by name. score: the
-    field of the rows that the picture shows, where less is better for 'loss'. depth: the field of the config with the layers of what
+    field of the rows that the picture shows. depth: the field of the config with the layers of what
     is reduced.
     """
 
