@@ -220,6 +220,7 @@ def run(job: Job) -> list[Row]:
     here = job.workdir
     if any(path.name != LOCK for path in here.glob("*")):
         print(f"{job.name} was not finished; it goes on from its last checkpoint, if any")
+    (here / ROWS).unlink(missing_ok=True)  # nothing goes on from what is trained again
     found = run_job(job.config, here)
     for ratio in job.more:
         others = evaluate_job(here, methods=job.config.evaluate.methods, ratio=ratio)
