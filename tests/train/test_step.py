@@ -19,6 +19,7 @@ from tokred.train.mixing import Mixing
 from tokred.train.optimizer import make_optimizer
 from tokred.train.state import init_state, result
 from tokred.train.step import FAULTS, make_train_step
+from tokred.train.varied import Varied
 
 CONFIG = ViTConfig(
     image_size=(8, 8), patch=(2, 2), channels=1, width=16, depth=3, heads=2, classes=4
@@ -196,8 +197,8 @@ def test_a_gradient_alone_can_be_at_fault():
     """sqrt has a finite value and an infinite slope at 0."""
 
     class Steep(ImageObjective):
-        def __call__(self, model, rows, key, controllers, frozen, step=0):
-            loss, rest = super().__call__(model, rows, key, controllers, frozen, step)
+        def __call__(self, model, rows, key, controllers, frozen):
+            loss, rest = super().__call__(model, rows, key, controllers, frozen)
             return loss + jnp.sqrt(0.0 * model.head.kernel[...].sum() ** 2), rest
 
     _, _, told = run(Steep())
@@ -210,3 +211,45 @@ def test_evaluation_knows_nothing_of_training():
     images = jnp.asarray(batch()["image"])
     logits = [skeleton.merge(*weights)(images, call=c)[0] for c in (Call(), call)]
     np.testing.assert_array_equal(*logits)
+
+
+def turns(rule: str) -> tuple[Varied, ImageObjective, list[ImageObjective]]:
+    """(plans of few and many tokens that take turns, their objective, those of each alone)."""
+    plans = tuple(make_plan("tome", CONFIG.layout, r=r) for r in (1, 3, 5))
+    varied = Varied(plans, rule)
+    alone = [ImageObjective(plan) for plan in plans]
+    return varied, ImageObjective(plans[0], varied=varied), alone
+
+
+def test_a_step_is_that_of_the_plan_that_it_drew():
+    varied, both, alone = turns("draw")
+    start, end, _ = run(both)
+    key = jax.random.fold_in(start["key"], start["step"])
+    _, want, _ = run(alone[int(varied.choose(key, 0))])
+    assert_close(end["params"], want["params"], atol=1e-6)
+
+
+def test_under_all_plans_gradients_are_their_mean():
+    _, all_at_once, alone = turns("all")
+    start, end, _ = run(all_at_once)
+    ends = [run(each)[1]["params"] for each in alone]
+    for name, value in end["params"].items():
+        want = np.mean([each[name] for each in ends], axis=0)
+        np.testing.assert_allclose(value, want, atol=1e-6, err_msg=name)
+    kernel = "blocks/0/mlp/fc1/kernel"
+    assert not np.array_equal(end["params"][kernel], start["params"][kernel])
+
+
+def test_plans_that_take_turns_need_the_memory_of_the_largest():
+    """What a plan remembers for its gradient is not written where another one runs."""
+
+    def temporary(objective: ImageObjective) -> int:
+        skeleton, weights = weights_of()
+        names = tuple(weights.params)
+        state = init_state(weights, TX, names)
+        step = make_train_step(skeleton, objective, TX, names)
+        memory = step.lower(state, batch(256), {}).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    _, both, alone = turns("draw")
+    assert temporary(both) < 1.5 * max(map(temporary, (alone[0], alone[-1])))

@@ -160,22 +160,12 @@ class Objective:
         key: PRNGKeyArray,
         controllers: Mapping[str, Any],
         frozen: Mapping[str, Arrays],
-        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
-        """(loss, (metrics of the batch, controllers after it)); step: for plans that take turns.
+        """(loss, (metrics of the batch, controllers after it)) under `plan`.
 
         Metrics: loss, accuracy (on the labels before mixing), macs_ratio, every part of the loss,
         what reductions tell of their counts.
         """
-        if self.varied is None:
-            return self._loss(model, batch, key, controllers, frozen)
-        alone = lambda plan: dataclasses.replace(self, plan=plan, varied=None)  # noqa: E731
-        run = lambda plan: alone(plan)._loss(model, batch, key, controllers, frozen)  # noqa: E731
-        return self.varied(run, key, step)
-
-    def _loss(
-        self, model: Any, batch: Batch, key: PRNGKeyArray, controllers: Any, frozen: Any
-    ) -> tuple[Float[Array, ""], tuple[Parts, dict[str, Any]]]:
         inputs, targets = self.prepare(model, batch, jax.random.fold_in(key, MIX))
         call = Call(states=controllers, key=key, train=True, remat=self.remat)
         logits, report = self.run(model, inputs, call)

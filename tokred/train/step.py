@@ -1,5 +1,6 @@
 """The one training step and the one evaluation step: pure, jitted, over flat dicts of arrays."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from tokred.nn.skeleton import Arrays, Skeleton, Weights
-from tokred.plan import Layout
+from tokred.plan import Layout, Plan
 from tokred.report import Call, Report
 from tokred.train.losses import Objective
 from tokred.train.optimizer import ema_decay, update_ema
@@ -50,11 +51,11 @@ def make_train_step(
         learned = {name: state["params"][name] for name in trainable}
 
         def gradients_of(batch: Batch, key: PRNGKeyArray, controllers: Any) -> Gradients:
-            def loss_of(learned: Arrays) -> tuple[Array, tuple[Metrics, Any]]:
+            def loss(learned: Arrays, alone: Objective) -> tuple[Array, tuple[Metrics, Any]]:
                 model = skeleton.merge({**state["params"], **learned}, state["rest"])
-                return objective(model, batch, key, controllers, frozen, state["step"])
+                return alone(model, batch, key, controllers, frozen)
 
-            return jax.grad(loss_of, has_aux=True)(learned)
+            return _gradients(loss, objective, learned, key, state["step"])
 
         key = jax.random.fold_in(state["key"], state["step"])
         gradients, (metrics, controllers) = in_parts(
@@ -85,6 +86,24 @@ def make_train_step(
         in_shardings=(state, batch, None),
         out_shardings=(state, everywhere),
     )
+
+
+def _gradients(
+    loss: Callable[..., Any], objective: Objective, learned: Arrays, key: PRNGKeyArray, step: Array
+) -> Gradients:
+    """Of loss(learned, objective), under the plan whose turn it is.
+
+    Each plan has its own gradient: one through the choice would write what every plan remembers
+    for it, zeros where it did not run.
+    """
+    if objective.varied is None:
+        return jax.grad(loss, has_aux=True)(learned, objective)
+
+    def under(plan: Plan) -> Gradients:
+        alone = dataclasses.replace(objective, plan=plan, varied=None)
+        return jax.grad(loss, has_aux=True)(learned, alone)
+
+    return objective.varied(under, key, step)
 
 
 def find_faults(loss: Array, norm: Array, fed: Array) -> Int[Array, ""]:
