@@ -4,11 +4,11 @@ python -m tokred.train.matryoshka --workdir=DIR --seeds=0,1,2
 
 Trains a model with all tokens on questions about grids of digits (--start), and goes on from it,
 first the connector, then the decoder too (--config): Matryoshka queries whose length is drawn for
-every step, the same for four times the steps, queries of one fixed length for each of --lengths,
-and average pooling, uniform and random tokens whose number is drawn likewise; answers with every
-length. Beside them a connector of one token that is told the question (QueCC), and the same without
-it. Writes DIR/results.json and DIR/lengths.png and prints shares of right answers, means and half
-ranges over the seeds.
+every step, queries of one fixed length for each of --lengths, the first again for as many steps as
+these take together, and average pooling, uniform and random tokens whose number is drawn likewise;
+answers with every length. Beside them a connector of one token that is told the question (QueCC),
+and the same without it. Writes DIR/results.json and DIR/lengths.png and prints shares of right
+answers, means and half ranges over the seeds.
 
 A run that is finished is not repeated, one that was stopped goes on. The same command in several
 processes, one for each device or core, shares the runs among them.
@@ -30,8 +30,7 @@ from tokred.train.seeds import read_seeds
 from tokred.train.setup import make_setup
 
 Row = dict[str, Any]
-DENSE, ONLY, LONGER = "dense", "mqt only", "mqt, four times the steps"
-TIMES = 4
+DENSE, ONLY, LONGER = "dense", "mqt only", "mqt, the steps of all together"
 RECIPE, START = "configs/grid_mqt_two_stage.py", "configs/grid_dense.py"
 LENGTHS = "1,2,4,8,16,32,64"
 BASELINES = ("pooling", "uniform", "random")
@@ -84,7 +83,7 @@ def models(
     each, whole = dict(config.train.options), make_setup(config).layout.tokens
     nested = [{**each, "length": m} for m in lengths]
     yield "mqt", config_of(each=tuple(lengths)), nested
-    longer = config_of(each=tuple(lengths), steps=TIMES * config.train.steps)
+    longer = config_of(each=tuple(lengths), steps=len(lengths) * config.train.steps)
     yield LONGER, longer, nested
     for options in nested:
         yield f"{ONLY} {options['length']}", config_of(each=(options["length"],)), [options]

@@ -58,6 +58,7 @@ def plot_lengths(rows: Sequence[Row], path: str | PathLike) -> None:
         mean, low, high = zip(*((np.mean(s), min(s), max(s)) for s in exact), strict=True)
         _draw_line(panel, number, name, [n for n, _ in points], mean, low, high)
     panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
     _finish(panel, "visual tokens", "right answers %", "Right answers by visual tokens")
     save(figure, path)
 
