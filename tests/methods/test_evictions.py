@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokred.cache import Look, cache_reduction
+from tokred.cache import Look, cache_reduction, score_by_lag
 from tokred.cache.pages import page_bounds
 from tokred.methods.adakv import adakv
 from tokred.methods.h2o import h2o
@@ -221,3 +221,17 @@ def test_a_pool_is_read_by_several_queries_at_once():
     for t in range(3):
         logits, cache, _ = decode(IDS[:, t : t + 1], cache)
         close(logits[:, 0], at_once[:, t])
+
+
+def test_lagkv_keeps_the_latest_where_nothing_has_all_its_successors():
+    """Rows of 20 and 40 entries, two sinks, parts of 16: the shorter one has no whole pair."""
+    k, v = jax.random.normal(jax.random.key(0), (2, 2, 40, 4))
+    valid = jnp.arange(40)[None] < jnp.array([[20], [40]])
+    scores = score_by_lag(k, v, lag=16, sinks=2, valid=valid)
+    alone = score_by_lag(k[:, :20], v[:, :20], lag=16, sinks=2)
+    assert jnp.isinf(alone[:, :2]).all() and (jnp.diff(alone[:, 2:]) > 0).all()
+    np.testing.assert_allclose(alone[:, 2:], jnp.broadcast_to(jnp.arange(18) / 18, (2, 18)))
+    np.testing.assert_allclose(scores[0, :20], alone[0])
+    whole = score_by_lag(k[1:], v[1:], lag=16, sinks=2)[0]
+    np.testing.assert_allclose(scores[1], whole)
+    assert sorted(16 * whole[2:18]) == list(range(16)) and jnp.isinf(whole[18:]).all()

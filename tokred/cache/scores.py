@@ -81,22 +81,26 @@ def score_by_lag(
     Behind the sinks, every `lag` entries are scaled per channel by the range of the next `lag`;
     the deviation over channels, as a softmax within the `lag`, mean over keys and values. cross:
     those numbers themselves, comparable between parts; else ranks within a part, divided by lag.
-    Sinks stay, and so do entries without `lag` successors in full. Static: lag, sinks, cross.
+    Sinks stay, and so do entries without `lag` successors in full; where that is all of them, the
+    latest. Static: lag, sinks, cross.
     """
     t = k.shape[-2]
     parts = max(0, (t - sinks) // lag - 1)
     scores = jnp.full(k.shape[:-1], KEEP)
+    valid = jnp.ones(k.shape[:-1], bool) if valid is None else valid
+    count = valid.sum(-1, keepdims=True)
+    behind = jnp.broadcast_to(jnp.arange(t) - sinks, valid.shape)
+    late = jnp.where(behind < 0, KEEP, behind / jnp.maximum(count - sinks, 1))
     if not parts:
-        return scores
+        return late
     body = (_deviation(k, parts, lag, sinks) + _deviation(v, parts, lag, sinks)) / 2
     if not cross:
         body = jnp.argsort(jnp.argsort(body, axis=-1), axis=-1).astype(jnp.float32) / lag
     body = body.reshape(*body.shape[:-2], parts * lag)
-    if valid is not None:  # an entry of a part whose successors are not all there
-        last = sinks + lag * (2 + jnp.arange(parts * lag) // lag)
-        full = aligned(last, body.ndim, body.ndim - 1) <= valid.sum(-1, keepdims=True)
-        body = jnp.where(full, body, KEEP)
-    return scores.at[..., sinks : sinks + parts * lag].set(body)
+    last = sinks + lag * (2 + jnp.arange(parts * lag) // lag)
+    body = jnp.where(aligned(last, body.ndim, body.ndim - 1) <= count, body, KEEP)
+    scores = scores.at[..., sinks : sinks + parts * lag].set(body)
+    return jnp.where(count < sinks + 2 * lag, late, scores)
 
 
 def _deviation(x: Array, parts: int, lag: int, sinks: int) -> Float[Array, "*B P lag"]:
