@@ -1,5 +1,6 @@
 """Sampling: cached steps equal the full forward pass, whatever the method and the lengths."""
 
+import dataclasses
 import functools
 
 import jax
@@ -73,6 +74,29 @@ def test_cached_steps_equal_the_full_forward_pass(name: str):
         for site, entered in out.entered.items():
             read = slice(length, length + STEPS)
             np.testing.assert_array_equal(entered[row], report.aux[site]["entered"][row, read])
+
+
+def test_the_head_reads_one_token_of_a_prompt():
+    """Behind the last valid one, and what comes before costs nothing."""
+    config = dataclasses.replace(CONFIG, vocab=4096)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+
+    def prefill(model: Decoder, last: bool):
+        cache = model.make_cache(3, 12)
+        return model.extend(PROMPT, cache, valid=RIGHT, fresh=True, last=last)[0]
+
+    run = nnx.jit(prefill, static_argnames="last")
+    whole, alone = run(model, last=False), run(model, last=True)
+    assert alone.shape == (3, 1, 4096)
+    np.testing.assert_allclose(alone[:, 0], whole[np.arange(3), LENGTHS - 1], atol=1e-5)
+    graph, state = nnx.split(model)
+    flops = [
+        jax.jit(lambda state, last=last: prefill(nnx.merge(graph, state), last))
+        .lower(state).compile().cost_analysis()["flops"]
+        for last in (False, True)
+    ]  # fmt: skip
+    saved = 2 * 3 * (PROMPT.shape[1] - 1) * config.vocab * config.width
+    assert flops[0] - flops[1] == pytest.approx(saved, rel=0.05)
 
 
 def test_capacity_one_is_the_dense_model_bit_for_bit():

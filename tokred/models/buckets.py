@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from tokred.models.decoder import check_ids
 from tokred.models.encoder_decoder import EncoderDecoder
+from tokred.models.ids import check_ids
 from tokred.plan import Plan, Reduction, Site
 from tokred.report import Call, reduce_at, reduce_model
 from tokred.select import keep_static

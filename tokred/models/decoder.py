@@ -4,19 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import PLAIN, Extent, KVCache, cache_reduction, make_cache
+from tokred.models.ids import check_ids, count_positions, last_place, tokens_at
 from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock, make_norm, same
 from tokred.nn.layers import Layers
 from tokred.nn.mlp import ACTIVATIONS
-from tokred.plan import AROUND, Layout, Plan, nearest
+from tokred.plan import Layout, Plan, nearest
 from tokred.report import Call, Report, make_report, reduce_model
 from tokred.rotary import RopeScaling
 from tokred.tokens import Tokens, make_tokens
@@ -245,11 +243,13 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B N"] | None = None,
         extra: dict[str, Array] | None = None,
         fresh: bool = False,
+        last: bool = False,
     ) -> tuple[Float[Array, "B K vocab"], KVCache, Report]:
         """Prefill, or N more tokens: they follow those that `cache` has seen.
 
-        fresh: the cache is empty, so that the tokens need not look at its slots; static. Other
-        arguments and errors as in a call.
+        fresh: the cache is empty, so that the tokens need not look at its slots. last: logits
+        [B 1 vocab] behind each row's last valid token alone, which is what costs least. Both
+        static. Other arguments and errors as in a call.
         """
         check_ids(ids, self.config, plan)
         place = count_positions(ids, valid, None, cache.seen)
@@ -257,7 +257,9 @@ class Decoder(nnx.Module):
         tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
         layers = cache.layers if filled is None else filled.layers
-        return self.logits(tokens), cache.advance(layers, cache.seen + more), report
+        cache = cache.advance(layers, cache.seen + more)
+        place = last_place(ids, valid)
+        return self.logits_at(tokens, place) if last else self.logits(tokens), cache, report
 
     def make_cache(
         self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
@@ -333,14 +335,11 @@ class Decoder(nnx.Module):
         y, cap = y.astype(jnp.float32), self.config.logit_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
 
-
-def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
-    """`position`, or the places [B N] of valid tokens that follow `seen` [B] others."""
-    if position is not None:
-        return position
-    if valid is None:
-        return seen[:, None] + jnp.arange(ids.shape[1])[None]
-    return seen[:, None] + jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
+    def logits_at(self, tokens: Tokens, place: Int[Array, "B M"]) -> Float[Array, "B M vocab"]:
+        """Of the tokens at these places of the sequence that entered, wherever they are now; 0
+        where they are gone."""
+        here, left = tokens_at(tokens, place)
+        return jnp.where(left[..., None], self.logits(here), 0.0)
 
 
 def slots_of(plan: Plan, depth: int, length: int) -> list[int]:
@@ -350,37 +349,3 @@ def slots_of(plan: Plan, depth: int, length: int) -> list[int]:
         for layer in range(depth)
     ]
     return [min([length, *(r.cached(length) for _, r in steps)]) for steps in skipped]
-
-
-def check_ids(ids: Any, config: Any, plan: Plan) -> None:
-    """Raises where ids do not fit a model's `context`, or (concrete ones only) its `vocab`."""
-    if ids.ndim != 2:
-        raise ValueError(f"ids: expected shape (B, N), got {ids.shape}; add or remove axes.")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids: expected integers, got {ids.dtype}; tokenise the text first.")
-    if ids.shape[1] > config.context:
-        raise ValueError(
-            f"ids: {ids.shape[1]} tokens are more than the context of {config.context}; shorten "
-            "the prompt or raise DecoderConfig.context."
-        )
-    _check_sharding(ids, plan)
-    if isinstance(ids, Tracer) or not ids.size:
-        return
-    low, high = int(np.asarray(ids).min()), int(np.asarray(ids).max())
-    if low < 0 or high >= config.vocab:
-        raise ValueError(
-            f"ids: found {low if low < 0 else high} outside the vocabulary of {config.vocab}; "
-            "raise DecoderConfig.vocab or check the tokenizer."
-        )
-
-
-def _check_sharding(ids: Any, plan: Plan) -> None:
-    routed = any(site.kind in AROUND for site, _ in plan.steps)
-    spec = getattr(getattr(jax.typeof(ids), "sharding", None), "spec", ())
-    if not isinstance(ids, Tracer):
-        spec = getattr(getattr(ids, "sharding", None), "spec", spec)
-    if routed and len(spec) > 1 and spec[1] is not None:
-        raise ValueError(
-            f"ids: the sequence axis is sharded over {spec[1]!r}, and plan {plan.name!r} compares "
-            "all tokens of a sequence; shard the batch instead."
-        )

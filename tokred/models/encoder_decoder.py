@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache, Memory, make_cache
-from tokred.models.decoder import check_ids, count_positions, slots_of
+from tokred.models.decoder import slots_of
 from tokred.models.encoder_decoder_config import EncoderDecoderConfig
+from tokred.models.ids import check_ids, count_positions, last_place, tokens_at
 from tokred.nn.layers import Layers, LayersRan
 from tokred.nn.t5_block import RelativeBias, T5Block, T5Shape, t5_norm
 from tokred.plan import Layout, Plan
@@ -184,6 +185,7 @@ class EncoderDecoder(nnx.Module):
         call: Call | None = None,
         valid: Bool[Array, "B M"] | None = None,
         fresh: bool = False,
+        last: bool = False,
     ) -> tuple[Float[Array, "B M vocab"], KVCache, Report]:
         """M more target tokens: they follow those that `cache` has seen. plan: of the decoder
         alone. See `Decoder.extend`."""
@@ -194,7 +196,10 @@ class EncoderDecoder(nnx.Module):
         ran, report = self._write(tokens, plan, call or Call(), memories, **caching)
         more = target.shape[1] if valid is None else valid.sum(-1)
         cache = KVCache(ran.caches, (cache.seen + more).astype(jnp.int32))
-        return self.logits(ran.tokens), cache, report
+        if not last:
+            return self.logits(ran.tokens), cache, report
+        here, left = tokens_at(ran.tokens, last_place(target, valid))
+        return jnp.where(left[..., None], self.logits(here), 0.0), cache, report
 
     def remember(self, memory: Tokens) -> tuple[Memory, ...]:
         """The memory as each layer of the decoder projects it, for decoding step by step."""

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tokred.cache import KVCache
-from tokred.ops import gather, top_k
+from tokred.ops import top_k
 from tokred.plan import Plan
 from tokred.report import Call
-from tokred.score import mask_scores
 
 DENSE = Plan()
 
@@ -97,7 +96,7 @@ def generate(
     length = _check_length(model, n, steps, length)
     cache = model.make_cache(prompt.shape[0], length, plan=plan, prompt=n)
     extra = {**(extra or {}), "generated": jnp.full(prompt.shape, -1, jnp.int32)}
-    logits, cache, report = model.extend(
+    logits, cache, _ = model.extend(
         prompt,
         cache,
         plan=plan.with_twin(prefill),
@@ -105,13 +104,13 @@ def generate(
         valid=valid,
         extra=extra,
         fresh=True,
+        last=True,
     )
-    first = _last(report.restore(logits), valid)  # tokens of the prompt may have left
     take = functools.partial(
         _step, model, plan.with_twin("causal"), extra, sampling, key, end, skip, watch
     )
     alive = jnp.ones((prompt.shape[0],), bool)
-    (cache, _, _), told = jax.lax.scan(take, (cache, first, alive), jnp.arange(steps))
+    (cache, _, _), told = jax.lax.scan(take, (cache, logits[:, 0], alive), jnp.arange(steps))
     ids, lives, drawn, entered, watched = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
     return Generated(ids, lives, drawn, entered, cache, watched)
 
@@ -149,15 +148,6 @@ def _step(
 
 def _fold(key: Any, number: int | Array) -> Any:
     return None if key is None else jax.random.fold_in(key, number)
-
-
-def _last(logits: Float[Array, "B N V"], valid: Any) -> Float[Array, "B V"]:
-    """The logits after each row's last valid token."""
-    if valid is None:
-        return logits[:, -1]
-    slots = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-    last = mask_scores(slots.astype(jnp.float32), valid).argmax(-1)
-    return gather(logits, last[:, None], axis=1)[:, 0]
 
 
 def _check_length(model: Any, n: int, steps: int, length: int | None) -> int:

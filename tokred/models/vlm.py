@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache
 from tokred.maps import fold, unfold
-from tokred.models.decoder import Decoder, DecoderConfig, check_ids
+from tokred.models.decoder import Decoder, DecoderConfig
+from tokred.models.ids import check_ids, last_place
 from tokred.models.splice import Spliced, check_prompt, splice
 from tokred.models.vit import ViT, ViTConfig, check_images
 from tokred.nn.chain import Chain, chain_macs
@@ -216,7 +217,7 @@ class VLM(nnx.Module):
             spliced.tokens, plan=plan.of("decoder"), call=inside
         )
         whole = join_reports({**reports, "decoder": report}, "decoder")
-        return self._logits(tokens, spliced.place), whole
+        return self.decoder.logits_at(tokens, spliced.place), whole
 
     def read(
         self,
@@ -304,14 +305,6 @@ class VLM(nnx.Module):
         tokens, _, _ = self.decoder.decode(words)
         return jax.lax.stop_gradient(gather(tokens.x, words.last_slot(), axis=1)[:, 0])
 
-    def _logits(self, tokens: Tokens, place: Int[Array, "B N"]) -> Float[Array, "B N vocab"]:
-        """Of the ids alone, wherever they are now."""
-        now = place
-        if tokens.source is not None:
-            now = gather(tokens.source, place, axis=1)
-        here = tokens.replace(x=gather(tokens.x, jnp.maximum(now, 0), axis=1))
-        return jnp.where((now >= 0)[..., None], self.decoder.logits(here), 0.0)
-
 
 def _per_image(tokens: Tokens, batch: int) -> Tokens:
     """[B I ...] of [B*I ...], without the prefix."""
@@ -361,6 +354,7 @@ class Prompted:
         valid: Any = None,
         extra: Any = None,
         fresh: bool = False,
+        last: bool = False,
     ) -> tuple[Array, KVCache, Report]:
         """The prompt with its images where the cache is `fresh`, else text alone."""
         decoder, twin = self.model.decoder, plan.twin
@@ -369,7 +363,7 @@ class Prompted:
         if not fresh:
             extra |= {"vision": jnp.zeros(ids.shape, bool), "frame": jnp.full(ids.shape, -1)}
             logits, cache, report = decoder.extend(
-                ids, cache, plan=inner, call=call, valid=valid, extra=extra
+                ids, cache, plan=inner, call=call, valid=valid, extra=extra, last=last
             )
             return self._text(logits), cache, report
         question = self._question(ids, valid)
@@ -384,7 +378,10 @@ class Prompted:
         layers = cache.layers if filled is None else filled.layers
         cache = cache.advance(layers, spliced.after)
         whole = dataclasses.replace(report, tokens=tokens.replace(source=None))
-        return self._text(self.model._logits(tokens, spliced.place)), cache, whole
+        place = spliced.place
+        if last:
+            place = gather(place, last_place(ids, valid), axis=1)
+        return self._text(decoder.logits_at(tokens, place)), cache, whole
 
     def _text(self, logits: Array) -> Array:
         return logits.at[..., self.model.config.image_id].set(-jnp.inf)
