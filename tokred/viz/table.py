@@ -43,6 +43,7 @@ FIELDS = {
     "ms_pipelined": ("ms pipelined", 1, 2),
     "peer_ms": ("peer ms", 1, 2),
     "peer_ratio": ("peer / ours", 1, 2),
+    "peer_bytes": ("peer MB", 1e-6, 2),
     "compile_s": ("compile s", 1, 2),
     "compile_ratio": ("compile ratio", 1, 2),
     "temp_bytes": ("temp MB", 1e-6, 0),
