@@ -41,7 +41,7 @@ docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# Compiles steps for TPU pods; needs no TPU, but half an hour of two cores. Apart from
+# Compiles steps for TPU pods; needs no TPU, but an hour of two cores. Apart from
 # .venv, where libtpu would complain in every run that there is no TPU.
 tpu:
 	$(PYTHON) -m venv .venv-tpu

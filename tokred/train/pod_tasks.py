@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tokred.cost import solve_keep
 from tokred.methods import make_plan
 from tokred.models.decoder import decoder_config
 from tokred.models.encoder_decoder_config import encoder_decoder_config
@@ -23,6 +24,7 @@ class Pod:
 
 
 PODS: Mapping[str, Pod] = {
+    "v5e-8": Pod("v5e:2x4", 16),
     "v5e-16": Pod("v5e:4x4", 16),
     "v5e-256": Pod("v5e:16x16", 16),
     "v5p-512": Pod("v5p:8x8x4", 95),  # named after its cores: 256 chips
@@ -34,8 +36,9 @@ PODS: Mapping[str, Pod] = {
 class Task:
     """A model and what it does under each of some plans.
 
-    step: 'train', 'decode' one token of every sequence with a cache of the whole context, or
-    'buckets', logits of a target given a source of which the gate keeps what it wants.
+    step: 'train', 'apply', the answers alone, 'decode' one token of every sequence, the cache being
+    made for seven eighths of the context as a prompt, or 'buckets', logits of a target given a
+    source of which the gate keeps what it wants.
     batch: global. meshes: sizes of axes by pod. remat: how many layers are computed twice; the next
     number is tried where a step does not fit.
     """
@@ -126,4 +129,44 @@ TALK = Task(
     meshes={"v5e-16": {"data": 16}},
     remat=(0, 12),
 )
-TASKS = (VIT, LM, DECODING, PAIRS, BUCKETS, TALK)
+APPLIED = (  # to a whole ViT, at the same share of its multiply-accumulates
+    *("topk", "evit", "ats", "tokencut", "zero_tprune", "dynamicvit", "tome", "tome_kth", "tomesd"),
+    *("mctf", "pitome", "diffrate", "clca", "dpc_knn", "k_medoids", "expedit", "patchmerger"),
+    *("sinkhorn", "sit", "tokenlearner", "lookupvit", "mod", "duo_llm", "acm", "mrt5", "karl"),
+    *("avit", "pooling"),
+)
+CACHES = (
+    *("streaming_llm", "h2o", "observed_attention", "tova", "snapkv", "pyramidkv", "knorm"),
+    *("expected_attention", "keydiff", "cur", "lagkv", "adakv", "quest", "kivi", "zipcache"),
+)
+IN_HALF = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+WHOLE = vit_config("vit_b16", **IN_HALF)
+
+
+def at_two_thirds(name: str) -> Callable[[Layout], Plan]:
+    """The method with the `keep` at which `WHOLE` costs at most two thirds."""
+    return lambda layout: solve_keep(WHOLE, name, 2 / 3)[0]
+
+
+def of_a_fifth(name: str) -> Callable[[Layout], Plan]:
+    """The method with a fifth of the cache's entries, or of their bits."""
+    return lambda layout: make_plan(name, layout, keep=0.2)
+
+
+APPLYING = Task(
+    "vit_b16",
+    "apply",
+    WHOLE,
+    batch=256,
+    plans={"dense": dense, **{name: at_two_thirds(name) for name in APPLIED}},
+    meshes={"v5e-8": {"data": 8}},
+)
+CACHED = Task(
+    "lm_1b",
+    "decode",
+    decoder_config("lm_1b", context=4096, **IN_HALF),
+    batch=64,
+    plans={"dense": dense, **{name: of_a_fifth(name) for name in CACHES}},
+    meshes={"v5e-8": {"data": 8}},
+)
+TASKS = (VIT, LM, DECODING, PAIRS, BUCKETS, TALK, APPLYING, CACHED)

@@ -33,6 +33,7 @@ from tokred.models.decoder import DecoderConfig
 from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vlm import VLMConfig
 from tokred.nn.skeleton import Weights, split_model
+from tokred.ops import prefer
 from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.collectives import count_activation_gathers, count_collectives
@@ -112,7 +113,8 @@ def compile_row(pod: str, task: Task, name: str, chips: Pod | None = None) -> Ro
     for remat in task.remat:
         start = time.perf_counter()
         try:
-            step = lower_task(task, plan, mesh, remat).compile(QUICKLY)
+            with prefer(segment_sum="one_hot"):  # what a TPU would choose, which is not here
+                step = lower_task(task, plan, mesh, remat).compile(QUICKLY)
         except jax.errors.JaxRuntimeError as error:
             if remat == task.remat[-1] or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -127,6 +129,8 @@ def compile_row(pod: str, task: Task, name: str, chips: Pod | None = None) -> Ro
 
 def lower_task(task: Task, plan: Plan, mesh: Mesh, remat: int) -> Any:
     """The step of a task, ready to `compile()`."""
+    if task.step == "apply":
+        return lower_apply(task.config, plan, mesh, task.batch)
     if task.step == "decode":
         return lower_decode(task.config, plan, mesh, task.batch)
     if task.step == "buckets":
@@ -219,18 +223,38 @@ def lower_buckets(config: EncoderDecoderConfig, plan: Plan, mesh: Mesh, batch: i
     return jitted.lower(with_places(weights, mesh), source, target)
 
 
+def lower_apply(config: Any, plan: Plan, mesh: Mesh, batch: int) -> Any:
+    """Logits of images, ready to `compile()`."""
+    skeleton, weights = abstract_model(config, plan)
+    rows = batch_sharding(mesh)
+    shape, dtype = batch_fields(config, batch)["image"]
+    images = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def step(weights: Weights, images: Any) -> Any:
+        return skeleton.merge(*weights)(images, plan=plan)[0]
+
+    jitted: Any = jax.jit(step, out_shardings=rows)
+    return jitted.lower(with_places(weights, mesh), images)
+
+
 def lower_decode(config: DecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> Any:
-    """One token of every sequence after those in the cache, the likeliest, ready to `compile()`."""
+    """One token of every sequence after those in the cache, the likeliest, ready to `compile()`;
+    a prompt of seven eighths of the context has been read."""
     skeleton, weights = abstract_model(config, plan)
 
-    def empty(weights: Weights) -> Any:
-        return skeleton.merge(*weights).make_cache(batch, config.context, plan=plan)
+    length = config.context
+    prompt = jax.ShapeDtypeStruct((batch, length * 7 // 8), jnp.int32)
+
+    def read(weights: Weights, ids: Any) -> Any:
+        model = skeleton.merge(*weights)
+        cache = model.make_cache(batch, length, plan=plan, prompt=ids.shape[1])
+        return model.extend(ids, cache, plan=plan, fresh=True)[1]
 
     def step(weights: Weights, ids: Any, cache: Any) -> Any:
         logits, cache, _ = skeleton.merge(*weights).extend(ids, cache, plan=plan)
         return logits.argmax(-1).astype(ids.dtype), cache
 
-    cache = jax.eval_shape(empty, weights)
+    cache = jax.eval_shape(read, weights, prompt)
     places = jax.tree.map(lambda x: cache_sharding(mesh, x.ndim), cache)
     held = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places
