@@ -258,8 +258,8 @@ class Decoder(nnx.Module):
         more = ids.shape[1] if valid is None else valid.sum(-1)
         layers = cache.layers if filled is None else filled.layers
         cache = cache.advance(layers, cache.seen + more)
-        place = last_place(ids, valid)
-        return self.logits_at(tokens, place) if last else self.logits(tokens), cache, report
+        y = self.logits_at(tokens, last_place(ids, valid)) if last else self.logits(tokens)
+        return y, cache, report
 
     def make_cache(
         self, batch: int, length: int, *, plan: Plan = DENSE, prompt: int | None = None
