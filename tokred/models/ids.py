@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from tokred.ops import gather
 from tokred.plan import AROUND, Plan
-from tokred.tokens import Tokens
+from tokred.tokens import Tokens, last_of
 
 
 def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
@@ -24,8 +24,7 @@ def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array
 
 def last_place(ids: Int[Array, "B N"], valid: Bool[Array, "B N"] | None) -> Int[Array, "B 1"]:
     """Where each row's last valid token stands."""
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return (places if valid is None else jnp.where(valid, places, 0)).max(-1, keepdims=True)
+    return last_of(jnp.ones(ids.shape, bool) if valid is None else valid)
 
 
 def tokens_at(tokens: Tokens, place: Int[Array, "B M"]) -> tuple[Tokens, Bool[Array, "B M"]]:
