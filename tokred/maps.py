@@ -118,18 +118,19 @@ class _Map:
         return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, where), self)
 
 
-@functools.partial(register, data_fields=["index", "valid"], meta_fields=["n"])
+@functools.partial(register, data_fields=["index", "valid"], meta_fields=["n", "ordered"])
 @dataclass(frozen=True)
 class Keep(_Map):
     """Prune, drop, evict, sample, route: output k is token index[k].
 
     index: Int[*B K], distinct within a row wherever valid · valid: Bool[*B K] or None (all)
-    · n: tokens in, static.
+    · n: tokens in · ordered: valid ones stay in their order; both static.
     """
 
     index: Any
     n: int
     valid: Any = None
+    ordered: bool = False
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -156,7 +157,7 @@ class Keep(_Map):
     def masked(self) -> "Keep":
         """The same choice with every token in its own slot, valid where it was kept."""
         every = jnp.broadcast_to(jnp.arange(self.n, dtype=jnp.int32), (*self.batch, self.n))
-        return Keep(every, self.n, self.source >= 0)
+        return Keep(every, self.n, self.source >= 0, ordered=True)
 
     def as_assign(self) -> "Assign":
         """The same map as groups of one."""

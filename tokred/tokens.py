@@ -17,7 +17,7 @@ from tokred.ops.gather import aligned
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["x", "valid", "size", "position", "source", "bias", "policy", "extra", "memo"],
-    meta_fields=["prefix", "proportional", "policy_eps"],
+    meta_fields=["prefix", "proportional", "policy_eps", "ordered"],
 )
 @dataclass(frozen=True)
 class Tokens:
@@ -31,7 +31,8 @@ class Tokens:
     · extra: named per-token running quantities [*B N ...]
     · memo: named quantities of an example [*B ...] that no map moves, such as a cache across layers
     · prefix: protected tokens in front, static · proportional: attention adds log(size), static
-    · policy_eps: epsilon of the policy softmax, static.
+    · policy_eps: epsilon of the policy softmax, static · ordered: positions rise from slot to slot
+    among valid tokens, so that no query may see behind its slot, static; other positions end it.
     """
 
     x: Any
@@ -46,6 +47,7 @@ class Tokens:
     prefix: int = 0
     proportional: bool = False
     policy_eps: float = 1e-6
+    ordered: bool = False
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -57,6 +59,8 @@ class Tokens:
         return self.x.shape[-2]
 
     def replace(self, **changes: Any) -> "Tokens":
+        if "position" in changes:
+            changes.setdefault("ordered", False)
         return dataclasses.replace(self, **changes)
 
     def sizes(self) -> Float[Array, "*B N"]:
@@ -134,7 +138,7 @@ def move(
     maximum; source follows.
     """
     if tokens.position is not None:
-        tokens = tokens.replace(position=tokens.positions())
+        tokens = tokens.replace(position=tokens.positions(), ordered=tokens.ordered)
     if isinstance(map_, Keep):
         return _kept(tokens, map_, map_.apply(tokens.x, how, weight=weight))
     by_size = how is None and weight is None
@@ -192,7 +196,7 @@ def _kept(tokens: Tokens, map_: Keep, x: Array) -> Tokens:
     source = follow(tokens.sources(), map_)
     return tokens.replace(
         x=x, valid=valid, size=size, position=position, source=source, bias=bias, policy=policy,
-        extra=extra,
+        extra=extra, ordered=tokens.ordered and map_.ordered,
     )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.models import plain_decoder
 from tokred.methods import make_plan
 from tokred.models import Decoder, DecoderConfig, decoder_config
+from tokred.nn import decoder_block
 from tokred.nn.skeleton import path_name
+from tokred.ops import attention
 
 TINY = DecoderConfig(vocab=11, width=12, depth=2, heads=4, head_dim=6, hidden=10, context=16)
 B, N = 2, 7
@@ -116,6 +118,31 @@ def test_documents_are_separate_sequences():
 def test_tokens_know_no_future():
     changed = tiny()(IDS.at[:, 4:].set(1))
     np.testing.assert_array_equal(changed[:, :4], tiny()()[:, :4])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["dense", "mod"])
+def test_counted_places_need_no_mask(name: str, side: str, monkeypatch: pytest.MonkeyPatch):
+    """Then kernels are told that attention is causal; places that are given make a mask of it."""
+    asked: list[bool] = []
+
+    def spy(*args: Any, causal: bool, mask: Any, **how: Any) -> Any:
+        asked.append(causal)
+        assert causal == (mask is None)
+        return attention(*args, causal=causal, mask=mask, **how)
+
+    monkeypatch.setattr(decoder_block, "attention", spy)
+    plan = make_plan(name, TINY.layout, **({"keep": 0.5} if name == "mod" else {}))
+    model = Decoder(TINY, plan=plan, rngs=nnx.Rngs(0))
+    lengths = jnp.array([[4], [N]])
+    slots = jnp.arange(N)[None]
+    valid = slots < lengths if side == "right" else slots >= N - lengths
+    place = jnp.cumsum(valid, axis=-1) - 1
+    counted = model(IDS, plan=plan, valid=valid)[0]
+    assert asked == [True] * TINY.depth
+    given = model(IDS, plan=plan, valid=valid, position=place)[0]
+    assert asked[TINY.depth :] == [False] * TINY.depth
+    close(np.where(valid[..., None], counted, 0), np.where(valid[..., None], given, 0))
 
 
 def test_ids_may_be_constants_of_a_compiled_function():

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tokred.ops import attention, position_mask, watch_choices
+from tokred.ops.attention import KERNELS
 from tokred.ops.carry import carry_bias
 from tokred.ops.kernels import Asked, cudnn, fastest, refusal, splash, xla
 
@@ -87,6 +88,33 @@ def test_what_kernels_are_given_is_what_was_asked(kernel, what):
 
         found = as_xla(even)(asked)
     np.testing.assert_allclose(found, xla(asked), atol=2e-5)
+
+
+@pytest.mark.parametrize("what", ["nothing", "bias", "mask"])
+@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash", "reference"])
+def test_no_key_behind_a_query_is_seen(kernel, what):
+    """As with a mask that says so for every pair."""
+    q, k, v, bias = inputs(n=M)
+    order = jnp.broadcast_to(ORDER, (B, M, 1))
+    mask = jnp.arange(M) != 2
+    mask = jnp.broadcast_to(mask, (B, M, M)) if what == "mask" else None
+    if (kernel, what) == ("splash", "mask"):
+        pytest.skip("it takes no mask by pairs")
+    asked = Asked(q, k, v, 0.3, bias if what == "bias" else None, None, mask, causal=True)
+    seen = position_mask(order, order) if mask is None else position_mask(order, order) & mask
+    run = {"xla": xla, "cudnn": as_xla(), "splash": functools.partial(splash, interpret=True)}
+    run["reference"] = KERNELS["reference"]
+    wanted = xla(asked._replace(mask=seen, causal=False))
+    np.testing.assert_allclose(run[kernel](asked), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"policy": jnp.ones((B, M))}, {"cap": 5.0}, {"sink": True}])
+def test_causal_attention_is_attention_with_a_mask(how):
+    q, k, v, bias = inputs(n=M)
+    order = jnp.broadcast_to(ORDER, (B, M, 1))
+    seen = attention(q, k, v, bias=bias, causal=True, **how)
+    wanted = attention(q, k, v, bias=bias, mask=position_mask(order, order), **how)
+    np.testing.assert_allclose(seen, wanted, atol=1e-5)
 
 
 def test_gradients_pass_through_channels():

@@ -81,7 +81,7 @@ def keep_decided(decision: Bool[Array, "*B N"], valid: Bool[Array, "*B N"] | Non
     """Every token in its own slot, valid where it decided to enter."""
     n = decision.shape[-1]
     every = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), decision.shape)
-    return Keep(every, n, decision if valid is None else decision & valid)
+    return Keep(every, n, decision if valid is None else decision & valid, ordered=True)
 
 
 def keep_chosen(

@@ -231,7 +231,8 @@ class Decoder(nnx.Module):
         """What enters the layers; arguments and errors as in a call."""
         check_ids(ids, self.config, plan)
         place = count_positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
-        return self.tokens(ids, valid, place, document, extra)
+        tokens = self.tokens(ids, valid, place, document, extra)
+        return tokens.replace(ordered=position is None and document is None)
 
     def extend(
         self,
@@ -253,7 +254,7 @@ class Decoder(nnx.Module):
         """
         check_ids(ids, self.config, plan)
         place = count_positions(ids, valid, None, cache.seen)
-        tokens = self.tokens(ids, valid, place, None, extra)
+        tokens = self.tokens(ids, valid, place, None, extra).replace(ordered=True)
         tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
         layers = cache.layers if filled is None else filled.layers

@@ -186,7 +186,7 @@ class EncoderDecoder(nnx.Module):
         valid: Bool[Array, "B M"] | None = None,
         fresh: bool = False,
         last: bool = False,
-    ) -> tuple[Float[Array, "B M vocab"], KVCache, Report]:
+    ) -> tuple[Float[Array, "B K vocab"], KVCache, Report]:
         """M more target tokens: they follow those that `cache` has seen. plan: of the decoder
         alone. See `Decoder.extend`."""
         check_ids(target, self._decoding, plan)

@@ -98,7 +98,7 @@ class GroupedAttention(nnx.Module):
         return turn(q), turn(k), v
 
     def mask(self, queries: Tokens, keys: Tokens) -> Bool[Array, "*B N M"] | None:
-        """Which keys each query may see, validity aside; None for all."""
+        """Which keys each query may see, validity aside; None for all. From positions alone."""
         if not self.shape.causal:
             return None
         return position_mask(queries.position, keys.position, self.shape.window)
@@ -107,13 +107,16 @@ class GroupedAttention(nnx.Module):
         self, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens
     ) -> Float[Array, "*B N D"]:
         """The update of the queries; `keys` brings bias, validity and policy of k and v."""
+        same = queries.position is keys.position and queries.ordered and keys.ordered
+        causal = self.shape.causal and self.shape.window is None and same
         y = attention(
             q,
             k,
             v,
             bias=keys.key_bias(),
             valid=keys.valid,
-            mask=self.mask(queries, keys),
+            mask=None if causal else self.mask(queries, keys),
+            causal=causal,
             policy=keys.policy,
             policy_eps=keys.policy_eps,
             cap=self.shape.attention_cap,

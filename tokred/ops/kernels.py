@@ -18,7 +18,8 @@ NEGATIVE = -1e30  # finite: a query without any valid key stays finite
 
 
 class Asked(NamedTuple):
-    """Of attention: `bias` per key, `pair_bias` per query and key, `mask` per query and key."""
+    """Of attention: `bias` per key, `pair_bias` and `mask` per query and key; causal: no key behind
+    a query's slot, as many keys as queries."""
 
     q: Float[Array, "*B N H E"]
     k: Float[Array, "*B M G E"]
@@ -27,6 +28,7 @@ class Asked(NamedTuple):
     bias: Float[Array, "*B M"] | None = None
     pair_bias: Float[Array, "*#B #H #N M"] | None = None
     mask: Bool[Array, "*#B N M"] | None = None
+    causal: bool = False
 
 
 def refusal(name: str, asked: Asked) -> str:
@@ -78,7 +80,7 @@ def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
     if mask is not None:  # a query that is padding sees the first keys
         mask = even(even(mask, axis=-1), axis=-2, value=True)
     q, k, v = (even(x, axis=-3) for x in asked[:3])
-    return fused(Asked(q, k, v, asked.scale, None, bias, mask))[..., :n, :, :]
+    return fused(Asked(q, k, v, asked.scale, None, bias, mask, asked.causal))[..., :n, :, :]
 
 
 def splash(asked: Asked, interpret: bool = False) -> Array:
@@ -93,7 +95,8 @@ def splash(asked: Asked, interpret: bool = False) -> Array:
     scaled = (asked.q * asked.scale).astype(asked.q.dtype)
     bias = fill(bias, axis=-1, value=-LARGE)
     whole = _carried(Asked(fill(scaled, axis=-3), k, v, 1.0, bias), TILE)
-    seen = masks.MultiHeadMask([masks.FullMask((whole.q.shape[-3], k.shape[-3]))] * heads)
+    mask = masks.CausalMask if asked.causal else masks.FullMask
+    seen = masks.MultiHeadMask([mask((whole.q.shape[-3], k.shape[-3]))] * heads)
     run: Any = kernel.make_splash_mha_single_device(seen, interpret=interpret)
     for _ in range(asked.q.ndim - 3):
         run = jax.vmap(run)
@@ -111,6 +114,13 @@ def _carried(asked: Asked, multiple: int) -> Asked:
     return asked._replace(q=q, k=k, v=pad_to(asked.v, q.shape[-1], -1), bias=None)
 
 
+def in_order(mask: Bool[Array, "*#B N M"] | None, q: Array) -> Bool[Array, "*#B N M"]:
+    """The mask, and no key behind a query's slot."""
+    n = q.shape[-3]
+    order = jnp.tril(jnp.ones((n, n), bool)).reshape((1,) * (q.ndim - 3) + (n, n))
+    return order if mask is None else mask & order
+
+
 def joint_bias(
     per_key: Float[Array, "*B M"] | None, per_pair: Float[Array, "*#B #H #N M"] | None
 ) -> Float[Array, "*#B #H #N M"] | None:
@@ -124,7 +134,8 @@ def _fused(asked: Asked, implementation: str) -> Array:
     fused: Any = jax.nn.dot_product_attention  # its overloads do not know a name at run time
 
     def run(q: Array, k: Array, v: Array, bias: Any, mask: Any) -> Array:
-        return fused(q, k, v, bias, mask, scale=asked.scale, implementation=implementation)
+        how = {"scale": asked.scale, "implementation": implementation}
+        return fused(q, k, v, bias, mask, is_causal=asked.causal, **how)
 
     mask = None if asked.mask is None else asked.mask[..., None, :, :]
     args = (*asked[:3], joint_bias(asked.bias, asked.pair_bias), mask)

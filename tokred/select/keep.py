@@ -35,14 +35,14 @@ def keep_top_k(
     index = index + prefix
     if valid is None and limit is None:
         index = jnp.sort(index, axis=-1) if order == "position" else index
-        return _with_prefix(index, prefix, n, None)
+        return _with_prefix(index, prefix, n, None, ordered=order == "position")
     alive = ~jnp.isneginf(best)
     if limit is not None:
         alive &= leading_row(jnp.arange(k), alive.ndim) < limit[..., None]
     if order == "position":
         index = jnp.sort(jnp.where(alive, index, index + n), axis=-1)
         alive, index = index < n, index % n
-    return _with_prefix(index, prefix, n, valid, alive)
+    return _with_prefix(index, prefix, n, valid, alive, order == "position")
 
 
 def keep_where(
@@ -79,15 +79,16 @@ def rank_within(scores: Float[Array, "*B N"], group: Int[Array, "*B N"]) -> Int[
 
 
 def _with_prefix(
-    index: Array, prefix: int, n: int, valid: Array | None, alive: Array | None = None
-) -> Keep:
+    index: Array, prefix: int, n: int, valid: Array | None, alive: Array | None = None,
+    ordered: bool = False,
+) -> Keep:  # fmt: skip
     front = static_rows(range(prefix), index.shape[:-1])
     index = jnp.concatenate([front, index.astype(jnp.int32)], axis=-1)
     kept = None if valid is None else gather(valid, index, axis=valid.ndim - 1)
     if alive is not None:
         alive = jnp.concatenate([jnp.ones(front.shape, bool), alive], axis=-1)
         kept = alive if kept is None else kept & alive
-    return Keep(index, n, kept)
+    return Keep(index, n, kept, ordered)
 
 
 def keep_above(
