@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokred import viz
+from tokred.cli.bench import show
 from tokred.cli.parser import Parser
 
-COLUMNS = ("macs_ratio", "ms", "ms_low", "ms_high", "ms_ratio", "conversion", "ms_pipelined")
 TIMED = ("--dtype=bfloat16", "--rounds=40", "--seconds=40")
 SMALL = {
     "vit": ("--model=vit_ti16", "--image-size=96", "--batch=1", "--rounds=2", "--ahead=1"),
@@ -84,32 +83,32 @@ def run_all(chosen: Mapping[str, Sequence[str]], args: argparse.Namespace, keep:
     start, failed = time.monotonic(), []
     for name, how in chosen.items():
         path = args.out / f"{name}.json"
-        if not (keep and path.exists()):
-            if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
-                print(f"{name}: not run, {args.minutes:g} minutes are over", file=sys.stderr)
-                continue
-            command = [sys.executable, "-m", "tokred", "bench", *how, "--json"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{name}: failed with exit code {done.returncode}", file=sys.stderr)
-                failed.append(name)
-                continue
-            told = json.loads(done.stdout)
-            if keep:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"command": command[1:], **told}, indent=1) + "\n")
-        else:
+        if keep and path.exists():
             told = json.loads(path.read_text())
-        print(f"{name}: {told['device']}, jax {told['jax']}, batch {told['batch']}")
-        print(table(told["rows"]), flush=True)
+        elif args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
+            print(f"{name}: not run, {args.minutes:g} minutes are over", file=sys.stderr)
+            continue
+        else:
+            told = run_one(name, how, path if keep else None)
+        if told is None:
+            failed.append(name)
+            continue
+        print(f"{name}: " + show(told.pop("rows"), told), flush=True)
     return failed
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Of one run."""
-    called = lambda row: ", ".join(row[n] for n in ("pass", "method") if n in row)  # noqa: E731
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    return viz.format_table([row | {"method": called(row)} for row in rows], columns)
+def run_one(name: str, how: Sequence[str], path: Path | None) -> dict[str, Any] | None:
+    """What `tokred bench` tells, kept at `path`; None where it fails."""
+    command = ["-m", "tokred", "bench", *how, "--json"]
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{name}: failed with exit code {done.returncode}", file=sys.stderr)
+        return None
+    told = json.loads(done.stdout)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"command": command, **told}, indent=1) + "\n")
+    return told
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+
 
 class Peer:
     """The other process: says what it is, then runs programs by name and tells how long it took.
 
-    python: its interpreter; side: its script; spec: what it builds, as JSON.
+    python: its interpreter; side: its module; spec: what it builds, as JSON.
     """
 
-    def __init__(self, python: Path, side: Path, spec: dict[str, Any]):
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen([str(python), str(side)], text=True, **pipes)
+    def __init__(self, python: Path, side: str, spec: dict[str, Any]):
+        how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+        command = [str(python.absolute()), "-m", side]
+        self._process = subprocess.Popen(command, text=True, **how)
         self.about: dict[str, Any] = json.loads(self._ask(json.dumps(spec)))
 
     def __call__(self, name: str) -> float:

@@ -8,9 +8,6 @@ call.
 # pyright: reportMissingImports=false
 import contextlib
 import importlib.metadata
-import json
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +15,8 @@ import kvpress
 import torch
 import transformers as tf
 
-REST = 0.3  # seconds in which the threads of torch still spin, and would slow the other side
+from benchmarks.answer import answer, hear
+
 PRESSES = {
     "streaming_llm": kvpress.StreamingLLMPress,
     "tova": kvpress.TOVAPress,
@@ -91,19 +89,13 @@ def programs(spec: dict) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
 
 def main() -> None:
     """The conversation on stdin and stdout."""
-    spec = json.loads(sys.stdin.readline())
+    spec = hear()
     torch.set_num_threads(spec["threads"])
     with torch.inference_mode():
         found, held = programs(spec)
         about = {package.__name__: package.__version__ for package in (torch, tf)}
         about |= {"kvpress": importlib.metadata.version("kvpress"), "bytes": held}
-        print(json.dumps(about), flush=True)
-        for line in sys.stdin:
-            start = time.perf_counter()
-            found[line.strip()]()
-            taken = time.perf_counter() - start
-            time.sleep(REST)
-            print(taken, flush=True)
+        answer(found, about)
 
 
 if __name__ == "__main__":

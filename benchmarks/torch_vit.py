@@ -6,18 +6,15 @@ one call. Merging and dropping are written from their papers' formulas.
 """
 
 # pyright: reportMissingImports=false
-import json
-import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 import transformers as tf
 from torch.nn import functional as F  # noqa: N812
 
-Counts = Sequence[int]
+from benchmarks.answer import answer, hear
 
-REST = 0.3  # seconds in which the threads of torch still spin, and would slow the other side
+Counts = Sequence[int]
 
 
 def build(spec: dict) -> tf.ViTForImageClassification:
@@ -106,20 +103,14 @@ def programs(spec: dict) -> dict[str, Callable[[], torch.Tensor]]:
 
 def main() -> None:
     """The conversation on stdin and stdout."""
-    spec = json.loads(sys.stdin.readline())
+    spec = hear()
     torch.set_num_threads(spec["threads"])
     with torch.inference_mode():
         found = programs(spec)
         for run in found.values():
             run()
             run()
-        print(json.dumps({"torch": torch.__version__, "transformers": tf.__version__}), flush=True)
-        for line in sys.stdin:
-            start = time.perf_counter()
-            found[line.strip()]()
-            taken = time.perf_counter() - start
-            time.sleep(REST)
-            print(taken, flush=True)
+        answer(found, {"torch": torch.__version__, "transformers": tf.__version__})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ Row = dict[str, Any]
 PACKAGES = ("torch==2.13.0", "transformers==5.23.0")
 METHODS: dict[str, dict[str, Any]] = {"dense": {}, "tome": {"r": 13}, "evit": {"keep": 0.7}}
 WAYS = ("eager", "compile")
-SIDE = Path(__file__).with_name("torch_vit.py")
+SIDE = "benchmarks.torch_vit"
 
 
 def run(args: Any, methods: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:

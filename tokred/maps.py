@@ -110,10 +110,8 @@ class _Map:
         return self.apply(jnp.ones((*self.batch, self.n)) if size is None else size, "sum")
 
     def lift(self, axis: int = -1):
-        """The same map with a leading axis of length 1 added, by default just before tokens.
-
-        axis: where, among the leading axes of the result; it will broadcast there.
-        """
+        """The same map with a leading axis of length 1 that will broadcast: at `axis` of the
+        leading ones of the result, by default just before tokens."""
         where = axis % (len(self.batch) + 1)
         return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, where), self)
 

@@ -86,7 +86,6 @@ def score_by_lag(
     """
     t = k.shape[-2]
     parts = max(0, (t - sinks) // lag - 1)
-    scores = jnp.full(k.shape[:-1], KEEP)
     valid = jnp.ones(k.shape[:-1], bool) if valid is None else valid
     count = valid.sum(-1, keepdims=True)
     behind = jnp.broadcast_to(jnp.arange(t) - sinks, valid.shape)
@@ -99,7 +98,7 @@ def score_by_lag(
     body = body.reshape(*body.shape[:-2], parts * lag)
     last = sinks + lag * (2 + jnp.arange(parts * lag) // lag)
     body = jnp.where(aligned(last, body.ndim, body.ndim - 1) <= count, body, KEEP)
-    scores = scores.at[..., sinks : sinks + parts * lag].set(body)
+    scores = jnp.full(k.shape[:-1], KEEP).at[..., sinks : sinks + parts * lag].set(body)
     return jnp.where(count < sinks + 2 * lag, late, scores)
 
 

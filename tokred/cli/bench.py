@@ -91,7 +91,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / file_name(about)).write_text(text + "\n")
-    print(text if args.json else _shown(rows, about))
+    print(text if args.json else show(rows, about))
 
 
 def file_name(about: dict[str, Any]) -> str:
@@ -113,7 +113,8 @@ def _in_memory(kind: Callable[[argparse.Namespace], About], args: argparse.Names
             print(f"out of memory; batch {args.batch} is tried", file=sys.stderr)
 
 
-def _shown(rows: Sequence[Row], about: dict[str, Any]) -> str:
+def show(rows: Sequence[Row], about: dict[str, Any]) -> str:
+    """What was timed, and a table."""
     told = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
     label = lambda row: f"{row['pass']}: {row['method']}" if "pass" in row else row["method"]  # noqa: E731
     named = [row | {"method": label(row)} for row in rows]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from tokred.cache import PLAIN, Extent, KVCache, cache_reduction, make_cache
-from tokred.models.ids import check_ids, count_positions, last_place, tokens_at
+from tokred.models.ids import check_ids, count_positions, head_at
 from tokred.models.sizes import DECODERS, make_config
 from tokred.nn.decoder_block import BlockShape, DecoderBlock, make_norm, same
 from tokred.nn.layers import Layers
@@ -255,11 +255,12 @@ class Decoder(nnx.Module):
         check_ids(ids, self.config, plan)
         place = count_positions(ids, valid, None, cache.seen)
         tokens = self.tokens(ids, valid, place, None, extra).replace(ordered=True)
+        end = tokens.last_slot()
         tokens, report, filled = self.decode(tokens, plan=plan, call=call, cache=cache, fresh=fresh)
         more = ids.shape[1] if valid is None else valid.sum(-1)
         layers = cache.layers if filled is None else filled.layers
         cache = cache.advance(layers, cache.seen + more)
-        y = self.logits_at(tokens, last_place(ids, valid)) if last else self.logits(tokens)
+        y = self.logits_at(tokens, end) if last else self.logits(tokens)
         return y, cache, report
 
     def make_cache(
@@ -337,10 +338,8 @@ class Decoder(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
     def logits_at(self, tokens: Tokens, place: Int[Array, "B M"]) -> Float[Array, "B M vocab"]:
-        """Of the tokens at these places of the sequence that entered, wherever they are now; 0
-        where they are gone."""
-        here, left = tokens_at(tokens, place)
-        return jnp.where(left[..., None], self.logits(here), 0.0)
+        """Of the tokens that stood at these places, see `head_at`."""
+        return head_at(self.logits, tokens, place)
 
 
 def slots_of(plan: Plan, depth: int, length: int) -> list[int]:

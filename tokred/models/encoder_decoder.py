@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokred.cache import KVCache, Memory, make_cache
 from tokred.models.decoder import slots_of
 from tokred.models.encoder_decoder_config import EncoderDecoderConfig
-from tokred.models.ids import check_ids, count_positions, last_place, tokens_at
+from tokred.models.ids import check_ids, count_positions, head_at
 from tokred.nn.layers import Layers, LayersRan
 from tokred.nn.t5_block import RelativeBias, T5Block, T5Shape, t5_norm
 from tokred.plan import Layout, Plan
@@ -196,10 +196,9 @@ class EncoderDecoder(nnx.Module):
         ran, report = self._write(tokens, plan, call or Call(), memories, **caching)
         more = target.shape[1] if valid is None else valid.sum(-1)
         cache = KVCache(ran.caches, (cache.seen + more).astype(jnp.int32))
-        if not last:
-            return self.logits(ran.tokens), cache, report
-        here, left = tokens_at(ran.tokens, last_place(target, valid))
-        return jnp.where(left[..., None], self.logits(here), 0.0), cache, report
+        head, end = self.logits, tokens.last_slot()
+        y = head_at(head, ran.tokens, end) if last else head(ran.tokens)
+        return y, cache, report
 
     def remember(self, memory: Tokens) -> tuple[Memory, ...]:
         """The memory as each layer of the decoder projects it, for decoding step by step."""

@@ -1,16 +1,17 @@
 """Ids that enter a model: whether they fit it, where they stand, and where they are afterwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
 from tokred.ops import gather
 from tokred.plan import AROUND, Plan
-from tokred.tokens import Tokens, last_of
+from tokred.tokens import Tokens
 
 
 def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array:
@@ -22,19 +23,17 @@ def count_positions(ids: Array, valid: Any, position: Any, seen: Array) -> Array
     return seen[:, None] + jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
 
 
-def last_place(ids: Int[Array, "B N"], valid: Bool[Array, "B N"] | None) -> Int[Array, "B 1"]:
-    """Where each row's last valid token stands."""
-    return last_of(jnp.ones(ids.shape, bool) if valid is None else valid)
-
-
-def tokens_at(tokens: Tokens, place: Int[Array, "B M"]) -> tuple[Tokens, Bool[Array, "B M"]]:
-    """What the tokens at these places of the sequence that entered are part of now, features alone,
-    and which of them are left; those at places below 0 are not."""
+def head_at(
+    head: Callable[[Tokens], Array], tokens: Tokens, place: Int[Array, "B M"]
+) -> Float[Array, "B M vocab"]:
+    """head(tokens) of those that stood at these places of the sequence that entered, wherever they
+    are now; 0 where they are gone, or a place is below 0."""
     there = jnp.maximum(place, 0)
     now = place
     if tokens.source is not None:
         now = jnp.where(place < 0, place, gather(tokens.source, there, axis=1))
-    return Tokens(gather(tokens.x, jnp.maximum(now, 0), axis=1)), now >= 0
+    here = Tokens(gather(tokens.x, jnp.maximum(now, 0), axis=1))
+    return jnp.where((now >= 0)[..., None], head(here), 0.0)
 
 
 def check_ids(ids: Any, config: Any, plan: Plan) -> None:

@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 from tokred.cache import KVCache
 from tokred.maps import fold, unfold
 from tokred.models.decoder import Decoder, DecoderConfig
-from tokred.models.ids import check_ids, last_place
+from tokred.models.ids import check_ids
 from tokred.models.splice import Spliced, check_prompt, splice
 from tokred.models.vit import ViT, ViTConfig, check_images
 from tokred.nn.chain import Chain, chain_macs
 from tokred.ops import gather
 from tokred.plan import Layout, Plan
 from tokred.report import Call, Report, join_reports, make_report, reduce_model
-from tokred.tokens import Tokens
+from tokred.tokens import Tokens, last_of
 
 DENSE = Plan()
 IMAGE = 259  # behind the bytes
@@ -380,7 +380,7 @@ class Prompted:
         whole = dataclasses.replace(report, tokens=tokens.replace(source=None))
         place = spliced.place
         if last:
-            place = gather(place, last_place(ids, valid), axis=1)
+            place = gather(place, last_of(valid), axis=1) if valid is not None else place[:, -1:]
         return self._text(decoder.logits_at(tokens, place)), cache, whole
 
     def _text(self, logits: Array) -> Array:
