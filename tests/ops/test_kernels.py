@@ -10,10 +10,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from tokred.ops import attention, position_mask, watch_choices
+from tokred.ops import attention, kernels, position_mask, watch_choices
 from tokred.ops.attention import KERNELS
 from tokred.ops.carry import carry_bias
-from tokred.ops.kernels import Asked, cudnn, fastest, refusal, splash, xla
+from tokred.ops.kernels import Asked, blocked, cudnn, fastest, refusal, splash, xla
 
 B, N, M, H, G, E = 2, 5, 7, 4, 2, 12
 ORDER = jnp.arange(7.0)[None, :, None]
@@ -60,7 +60,7 @@ def test_a_second_channel_halves_what_the_first_misses():
 
 
 @pytest.mark.parametrize("what", ["nothing", "bias", "mask", "pair_bias", "all"])
-@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+@pytest.mark.parametrize("kernel", ["blocked", "cudnn", "splash"])
 def test_what_kernels_are_given_is_what_was_asked(kernel, what):
     q, k, v, bias = inputs()
     order = jnp.broadcast_to(ORDER, (B, M, 1))
@@ -77,6 +77,8 @@ def test_what_kernels_are_given_is_what_was_asked(kernel, what):
             assert "no mask or bias" in refusal("splash", asked)
             return
         found = splash(asked, interpret=True)
+    elif kernel == "blocked":
+        found = blocked(asked)
     else:
 
         def even(asked: Asked):
@@ -91,7 +93,7 @@ def test_what_kernels_are_given_is_what_was_asked(kernel, what):
 
 
 @pytest.mark.parametrize("what", ["nothing", "bias", "mask"])
-@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash", "reference"])
+@pytest.mark.parametrize("kernel", ["xla", "blocked", "cudnn", "splash", "reference"])
 def test_no_key_behind_a_query_is_seen(kernel, what):
     """As with a mask that says so for every pair."""
     q, k, v, bias = inputs(n=M)
@@ -103,9 +105,48 @@ def test_no_key_behind_a_query_is_seen(kernel, what):
     asked = Asked(q, k, v, 0.3, bias if what == "bias" else None, None, mask, causal=True)
     seen = position_mask(order, order) if mask is None else position_mask(order, order) & mask
     run = {"xla": xla, "cudnn": as_xla(), "splash": functools.partial(splash, interpret=True)}
-    run["reference"] = KERNELS["reference"]
+    run |= {name: KERNELS[name] for name in ("blocked", "reference")}
     wanted = xla(asked._replace(mask=seen, causal=False))
     np.testing.assert_allclose(run[kernel](asked), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("what", ["nothing", "bias", "pair_bias", "mask", "all"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1)])
+def test_blocks_of_queries_are_attention(monkeypatch, what, causal, lead):
+    """The last block is smaller; gradients too."""
+    monkeypatch.setattr(kernels, "ROWS", 3)
+    monkeypatch.setattr(kernels, "PARTS", 100)
+    keys = jax.random.split(jax.random.key(1), 6)
+    shapes = ((*lead, M, H, E), (*lead, M, G, E), (*lead, M, G, E), (*lead, M), (*lead, H, M, M))
+    q, k, v, bias, pairs = (jax.random.normal(*x) for x in zip(keys[:5], shapes, strict=True))
+    mask = jax.random.bernoulli(keys[5], 0.5, (*lead, M, M)).at[..., 0].set(True)
+    given = {"bias": bias, "pair_bias": pairs, "mask": mask}
+    given = {name: x for name, x in given.items() if what in (name, "all")}
+    floats = {name: x for name, x in given.items() if name != "mask"}
+
+    def loss(run, q, k, v, floats):
+        asked = Asked(q, k, v, 0.3, causal=causal)._replace(**given)._replace(**floats)
+        y = run(asked)
+        return jnp.sin(y).sum(), y
+
+    def both(run):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, run), (0, 1, 2, 3), True))
+
+    found, wanted = (both(run)(q, k, v, floats) for run in (blocked, KERNELS["reference"]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, wanted)
+
+
+def test_blocks_of_causal_queries_leave_out_the_keys_behind_them():
+    """Half of the products but for the diagonal (9/16), and no more than `PARTS` blocks."""
+
+    def flops(n, causal):
+        x = jax.ShapeDtypeStruct((1, n, 1, 64), jnp.float32)
+        run = jax.jit(lambda q, k, v: blocked(Asked(q, k, v, 0.1, causal=causal)))
+        return dict(run.lower(x, x, x).compile().cost_analysis() or {})["flops"]
+
+    assert flops(2048, True) / flops(2048, False) < 0.62
+    assert flops(8192, True) / flops(8192, False) < 0.6
 
 
 @pytest.mark.parametrize("how", [{}, {"policy": jnp.ones((B, M))}, {"cap": 5.0}, {"sink": True}])
@@ -144,8 +185,8 @@ def test_the_fastest_kernel_of_a_platform_that_takes_it():
     assert "more" in refusal("splash", half)  # the tests' precision
     with jax.default_matmul_precision("default"):
         assert [fastest(half, "tpu", n) for n in (1, 8)] == ["splash", "xla"]
-    assert [fastest(full, p, 1) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
-    assert [fastest(half, p, 1) for p in ("cpu", "gpu")] == ["xla", "cudnn"]
+    assert [fastest(full, p, 1) for p in ("cpu", "gpu", "tpu")] == ["blocked", "xla", "splash"]
+    assert [fastest(half, p, 1) for p in ("cpu", "gpu")] == ["blocked", "cudnn"]
     assert fastest(wide, "gpu", 1) == "xla"
 
 
@@ -157,7 +198,7 @@ def test_what_gives_way_is_warned_of_and_told():
         attention(q, k, v)
         attention(q, k[:, :N], v[:, :N], policy=policy)
         attention(q, k[:, :N], v[:, :N], policy=policy, implementation="xla")
-    assert [choice.used for choice in found] == ["xla", "reference", "reference"]
+    assert [choice.used for choice in found] == ["blocked", "reference", "reference"]
     assert [bool(choice.why) for choice in found] == [False, False, True]
     assert len(told) == 1 and "takes no policy" in str(told[0].message)
 

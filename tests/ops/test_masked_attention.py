@@ -49,7 +49,7 @@ def by_loops(q: Any, k: Any, v: Any, mask: Any, cap: float | None = None, bias: 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("cap", [None, 0.5])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "blocked", "reference"])
 def test_masks_caps_and_groups(groups: int, cap: float | None, implementation: str):
     q, k, v, mask = inputs(groups)
     bias = normal(3, B, M)
@@ -71,7 +71,8 @@ def test_gradients_are_those_of_the_reference(groups: int):
         run = lambda *a: attention(*a, mask=mask, implementation=name).var()  # noqa: E731
         return jax.grad(run, (0, 1, 2))(*args)
 
-    jax.tree.map(close, slopes("xla", q, k, v), slopes("reference", q, k, v))
+    for name in ("xla", "blocked"):
+        jax.tree.map(close, slopes(name, q, k, v), slopes("reference", q, k, v))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -163,13 +163,13 @@ def test_the_epsilon_of_a_policy_is_shared_by_valid_keys():
 @pytest.mark.parametrize("lead", [(), (B,), (2, B)])
 def test_fused_attention_agrees_with_its_reference(lead):
     *qkv, bias, _ = attention_inputs(lead)
-    agree(lambda name, *a: attention(*a, implementation=name), [None, "xla"], *qkv)
+    agree(lambda name, *a: attention(*a, implementation=name), ["blocked", "xla"], *qkv)
 
     def biased(name, q, k, v, bias):
         valid = jnp.broadcast_to(VALID[0], bias.shape)
         return attention(q, k, v, bias=bias, valid=valid, implementation=name)
 
-    agree(biased, [None, "xla"], *qkv, bias)
+    agree(biased, ["blocked", "xla"], *qkv, bias)
 
 
 def test_bfloat16_keeps_the_precision_of_the_bias():
@@ -177,14 +177,14 @@ def test_bfloat16_keeps_the_precision_of_the_bias():
     half = [a.astype(jnp.bfloat16) for a in (q, k, v)]
     q, k, v = (a.astype(jnp.float32) for a in half)
     wanted, _ = by_formula(q, k, v, bias + 3)
-    for name in ("xla", "reference"):
+    for name in ("xla", "blocked", "reference"):
         y = attention(half[0], half[1], half[2], bias=bias + 3, implementation=name)
         assert y.dtype == jnp.bfloat16
         np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=2e-2)
 
 
 @pytest.mark.parametrize("policy", [None, jnp.full((B, N), 0.5)])
-@pytest.mark.parametrize("name", ["xla", "reference"])
+@pytest.mark.parametrize("name", ["xla", "blocked", "reference"])
 def test_no_valid_key_stays_finite(name, policy):
     q, k, v, bias, _ = attention_inputs()
     nothing = jnp.zeros((B, N), bool)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from tokred.ops.dispatch import choose, note
+from tokred.ops.dispatch import choose, note, preferred
 from tokred.ops.kernels import (
     HOMES,
     NEGATIVE,
     Asked,
+    blocked,
     cudnn,
     fastest,
     in_order,
@@ -47,14 +48,14 @@ def attention(
     (DynamicViT, DiffRate) and needs M = N. `cap` bounds logits as
     cap tanh(logits / cap). sink: one more key, with logit 0 and value 0, so that a query may look
     at nothing (softmax1). Policy, cap and sink take the plain path, which holds all probabilities.
-    `scale` defaults to E^-0.5; scale, causal, cap and sink are
-    static.
+    `scale` defaults to E^-0.5; scale, causal, cap and sink are static.
 
     Implementations: 'auto' (None: the fastest of the device that takes these arguments), 'xla'
-    (fused by the compiler), 'cudnn' (NVIDIA, half precision), 'splash' (one TPU), 'reference'.
-    Kernels that take no bias per key get it in channels, see `carry_bias`; lengths and channels
-    that they want even or in tiles are padded inside. One that cannot take these arguments gives
-    way to 'xla', with a warning, and `watch_choices` tells; one that the device lacks is an error.
+    (fused by the compiler), 'blocked' (for CPUs), 'cudnn' (NVIDIA, half precision), 'splash' (one
+    TPU), 'reference'. Kernels that take no bias per key get it in channels, see `carry_bias`;
+    lengths and channels that they want even or in tiles are padded inside. One that cannot take
+    these arguments gives way to 'xla', with a warning, and `watch_choices` tells; one that the
+    device lacks is an error.
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -77,7 +78,8 @@ def _plainly(asked_for: str | None) -> str:
 
 def _kernel(asked_for: str | None, asked: Asked) -> Callable[[Asked], Array]:
     """The implementation of that name, or XLA's where this device or these arguments forbid it."""
-    platform, used, why = jax.default_backend(), asked_for or AUTO, ""
+    platform, why = jax.default_backend(), ""
+    used = asked_for or preferred("attention", AUTO)
     if used == AUTO:
         used = fastest(asked, platform, jax.device_count())
     found = choose("attention", used, KERNELS, "xla")
@@ -188,7 +190,8 @@ def _reference(asked: Asked) -> Float[Array, "*B N H E"]:
 
 
 AUTO = "auto"
-KERNELS = {"xla": xla, "cudnn": cudnn, "splash": splash, "reference": _reference}
+KERNELS = {"xla": xla, "blocked": blocked, "cudnn": cudnn, "splash": splash}
+KERNELS["reference"] = _reference
 
 
 def attention_probs(

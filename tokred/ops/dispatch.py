@@ -56,13 +56,18 @@ def prefer(**implementations: str) -> Iterator[None]:
         _PREFERRED.reset(token)
 
 
+def preferred(op: str, default: str) -> str:
+    """What calls of `op` take that name no implementation."""
+    return _PREFERRED.get().get(op, default)
+
+
 def choose(op: str, name: str | None, table: Mapping[str, Callable], default: str) -> Callable:
     """The entry of `table` called `name`; None takes what is preferred, or `default`.
 
     Raises:
       ValueError: no entry has that name.
     """
-    picked = _PREFERRED.get().get(op, default) if name is None else name
+    picked = preferred(op, default) if name is None else name
     if picked not in table:
         raise ValueError(
             f"ops.{op}: implementation={name!r} is unknown; choose one of {sorted(table)} or None."

@@ -14,6 +14,7 @@ HOMES = {"cudnn": "gpu", "splash": "tpu"}  # the only platforms of kernels
 HALF = (jnp.bfloat16, jnp.float16)
 WIDEST = 128  # channels of a head that cuDNN takes on all devices
 TILE = 128  # of splash attention: tokens and channels
+ROWS, PARTS = 256, 16  # queries at a time on a CPU, unless that makes too many parts
 NEGATIVE = -1e30  # finite: a query without any valid key stays finite
 
 
@@ -52,6 +53,8 @@ def refusal(name: str, asked: Asked) -> str:
 def fastest(asked: Asked, platform: str, devices: int) -> str:
     """The kernel that suits a platform ('cpu', 'gpu', 'tpu') best among those that can take this.
     On several TPUs XLA's: the compiler does not split splash attention among devices."""
+    if platform == "cpu":
+        return "blocked"
     best = next((name for name, home in HOMES.items() if home == platform), "xla")
     split = best == "splash" and devices > 1
     return "xla" if split or refusal(best, asked) else best
@@ -60,6 +63,36 @@ def fastest(asked: Asked, platform: str, devices: int) -> str:
 def xla(asked: Asked) -> Float[Array, "*B N H E"]:
     """What XLA fuses of it."""
     return _fused(asked, "xla")
+
+
+def blocked(asked: Asked) -> Float[Array, "*B N H E"]:
+    """Plain products head by head, some queries at a time, divided by the sum at the end: what CPUs
+    are quick at. Causal: a block leaves out the keys behind it."""
+    q, k, v = (jnp.swapaxes(x, -3, -2) for x in asked[:3])
+    q, k, n = q.astype(jnp.float32) * asked.scale, k.astype(jnp.float32), q.shape[-2]
+    bias = joint_bias(asked.bias, asked.pair_bias)
+    mask = in_order(asked.mask, asked.q) if asked.causal else asked.mask
+    size, parts = max(ROWS, -(-n // PARTS)), []
+    for start in range(0, max(n, 1), size):
+        rows = slice(start, min(start + size, n))
+        keys = slice(rows.stop if asked.causal else None)
+        logits = _by_group(q[..., rows, :], jnp.swapaxes(k[..., keys, :], -1, -2))
+        if bias is not None:
+            logits = logits + bias[..., rows if bias.shape[-2] > 1 else slice(None), keys]
+        if mask is not None:
+            logits = jnp.where(mask[..., None, rows, keys], logits, NEGATIVE)
+        weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        y = _by_group(weight.astype(v.dtype), v[..., keys, :])
+        parts.append(y / weight.sum(-1, keepdims=True))
+    return jnp.swapaxes(jnp.concatenate(parts, axis=-2), -3, -2).astype(v.dtype)
+
+
+def _by_group(x: Float[Array, "*B H N K"], y: Float[Array, "*B G K M"]) -> Array:
+    """Products in float32; H / G neighbouring heads of x share one of y."""
+    *lead, heads, n, width = x.shape
+    x = x.reshape(*lead, y.shape[-3], heads // y.shape[-3] * n, width)
+    product = jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    return product.reshape(*lead, heads, n, y.shape[-1])
 
 
 def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:

@@ -51,6 +51,8 @@ from tokred.train.text import TextObjective
 Row = dict[str, Any]
 MIB = 2**20
 QUICKLY = {"exec_time_optimization_effort": -1.0}  # of -1 to 1
+# What several TPUs would choose, which are not here.
+ON_TPU = {"segment_sum": "one_hot", "attention": "xla"}
 KEY = ("pod", "model", "step", "plan")  # of a row
 
 
@@ -113,7 +115,7 @@ def compile_row(pod: str, task: Task, name: str, chips: Pod | None = None) -> Ro
     for remat in task.remat:
         start = time.perf_counter()
         try:
-            with prefer(segment_sum="one_hot"):  # what a TPU would choose, which is not here
+            with prefer(**ON_TPU):
                 step = lower_task(task, plan, mesh, remat).compile(QUICKLY)
         except jax.errors.JaxRuntimeError as error:
             if remat == task.remat[-1] or "RESOURCE_EXHAUSTED" not in str(error):
