@@ -6,7 +6,7 @@ python -m tokred sweep configs/sweep/grid.py --workdir=runs/sweep_grid
 
 from tokred.train.sweep import Sweep, Trial
 
-RATIOS = (0.65, 0.55, 0.48)
+RATIOS = (0.7, 0.65, 0.6)
 
 
 def get_sweep() -> Sweep:
@@ -20,14 +20,12 @@ def get_sweep() -> Sweep:
             "queries": Trial(
                 alone,
                 "train.macs",
-                (0.8, 0.65),
+                (0.7, 0.65),
                 ("train.method=mqt", "train.options.start=local", *start),
             ),
-            "depths": Trial(
-                "configs/grid_depths.py", "beside.decoder/pmod.keep", (0.5, 0.2), start
-            ),
-            "all three": Trial("configs/grid_composed.py", "train.macs", RATIOS, start),
+            "depths": Trial("configs/grid_depths.py", "beside.decoder/pmod.keep", (0.7,), start),
+            "all three": Trial("configs/grid_composed.py", "train.macs", (0.65, 0.6, 0.55), start),
         },
         score="exact",
-        depth="model.vision.depth",
+        depth=("model.vision.depth", "model.decoder.depth"),
     )

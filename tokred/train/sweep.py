@@ -49,8 +49,8 @@ class Sweep:
 
     dense: the recipe without reduction. ratios: shares of its MACs at which `baselines` act on its
     weights, and at which dense models of fewer layers are trained. trials: by name. score: the
-    field of the rows that the picture shows. depth: the field of the config with the layers of what
-    is reduced.
+    field of the rows that the picture shows. depth: the fields of the config with the layers of
+    what is reduced.
     """
 
     dense: str
@@ -59,7 +59,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     baselines: tuple[str, ...] = BASELINES
     score: str = "accuracy"
-    depth: str = "model.depth"
+    depth: tuple[str, ...] = ("model.depth",)
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,13 @@ def list_jobs(
         lowest, *more = sorted(sweep.ratios) or [dense.evaluate.macs]
         dense.evaluate.macs = lowest
         yield Job(f"{DENSE}/seed_{seed}", DENSE, None, dense, workdir, tuple(more))
-        for depth in _depths(_field(dense, sweep.depth), sweep.ratios):
-            config = load_config(sweep.dense, [*overrides, f"{sweep.depth}={depth}"])
+        for layers in _smaller([_field(dense, path) for path in sweep.depth], sweep.ratios):
+            fewer = [f"{path}={n}" for path, n in zip(sweep.depth, layers, strict=True)]
+            config = load_config(sweep.dense, [*overrides, *fewer])
             config.start_from = fill_start(config.start_from, seed=seed)
             config.seed, config.evaluate.methods = seed, ()
-            yield Job(f"smaller_dense/depth_{depth}/seed_{seed}", SMALLER, depth, config, workdir)
+            where = f"smaller_dense/depth_{'_'.join(map(str, layers))}/seed_{seed}"
+            yield Job(where, SMALLER, sum(layers), config, workdir)
         for name, trial in sweep.trials.items():
             for budget in trial.budgets or (None,):
                 own = [] if budget is None else [f"{trial.field}={budget}"]
@@ -189,10 +191,10 @@ def _field(config: Config, path: str) -> Any:
     return functools.reduce(lambda section, name: section[name], path.split("."), config)
 
 
-def _depths(depth: int, ratios: Sequence[float]) -> list[int]:
+def _smaller(depths: Sequence[int], ratios: Sequence[float]) -> list[tuple[int, ...]]:
     """Layers that cost about such shares of a model, fewer than it has."""
-    near = {max(1, round(depth * ratio)) for ratio in ratios}
-    return sorted(near - {depth}, reverse=True)
+    near = {tuple(max(1, round(depth * ratio)) for depth in depths) for ratio in ratios}
+    return sorted(near - {tuple(depths)}, reverse=True)
 
 
 def run_named(name: str, jobs: Mapping[str, Job]) -> None:
