@@ -1,6 +1,7 @@
 """Kernels without a bias per key get it in channels; what they cannot take is told."""
 
 import functools
+import math
 import warnings
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tokred.ops import attention, kernels, position_mask, watch_choices
 from tokred.ops.attention import KERNELS
 from tokred.ops.carry import carry_bias
 from tokred.ops.kernels import Asked, blocked, cudnn, fastest, refusal, splash, xla
+from tokred.ops.spread import uneven
 
 B, N, M, H, G, E = 2, 5, 7, 4, 2, 12
 ORDER = jnp.arange(7.0)[None, :, None]
@@ -25,6 +27,11 @@ def inputs(dtype=jnp.float32, n=N, m=M):
     q, k, v = (jax.random.normal(key, s, dtype) for key, s in zip(keys[:3], shapes, strict=True))
     bias = jnp.tile(jnp.log1p(jnp.arange(1.0, m + 1)), (B, 1))
     return q, k, v, bias
+
+
+def a_mesh(shape, axes):
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=devices)
 
 
 def as_xla(check=None):
@@ -134,7 +141,7 @@ def test_blocks_of_queries_are_attention(monkeypatch, what, causal, lead):
         return jax.jit(jax.value_and_grad(functools.partial(loss, run), (0, 1, 2, 3), True))
 
     found, wanted = (both(run)(q, k, v, floats) for run in (blocked, KERNELS["reference"]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
 
 
 def test_blocks_of_causal_queries_leave_out_the_keys_behind_them():
@@ -184,10 +191,59 @@ def test_the_fastest_kernel_of_a_platform_that_takes_it():
     wide = half._replace(q=jnp.zeros((B, N, H, 128), jnp.bfloat16))
     assert "more" in refusal("splash", half)  # the tests' precision
     with jax.default_matmul_precision("default"):
+        assert fastest(half, "tpu", 1) == "xla"  # short
+        half = half._replace(k=jnp.zeros((B, kernels.LONG, G, E), jnp.bfloat16))
         assert [fastest(half, "tpu", n) for n in (1, 8)] == ["splash", "xla"]
-    assert [fastest(full, p, 1) for p in ("cpu", "gpu", "tpu")] == ["blocked", "xla", "splash"]
+        with jax.set_mesh(a_mesh((2,), ("data",))):
+            assert fastest(half, "tpu", 8) == "splash"
+    assert [fastest(full, p, 1) for p in ("cpu", "gpu", "tpu")] == ["blocked", "xla", "xla"]
     assert [fastest(half, p, 1) for p in ("cpu", "gpu")] == ["blocked", "cudnn"]
     assert fastest(wide, "gpu", 1) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "tensor"))]
+)
+@pytest.mark.parametrize("what", ["nothing", "bias"])
+def test_splash_runs_on_each_device(shape, axes, what):
+    """As in one piece, with its gradients, and without talk of q, k and v."""
+    mesh = a_mesh(shape, axes)
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (H, G, G)
+    q, k, v = (jax.random.normal(key, (8, 6, h, E)) for key, h in zip(keys, heads, strict=False))
+    bias = jax.random.normal(keys[3], (8, 6)) if what == "bias" else None
+
+    def loss(q, k, v, bias):
+        y = splash(Asked(q, k, v, 0.3, bias, causal=True), interpret=True)
+        return jnp.sin(y).sum(), y
+
+    every = jax.value_and_grad(loss, (0, 1, 2) if bias is None else (0, 1, 2, 3), has_aux=True)
+    wanted = jax.jit(every)(q, k, v, bias)
+    with jax.set_mesh(mesh):
+        tensor = "tensor" if "tensor" in axes else None
+        lie = PartitionSpec(tuple(a for a in axes if a != "tensor"), None, tensor)
+        placed = jax.device_put((q, k, v), NamedSharding(mesh, lie))
+        run = jax.jit(every).lower(*placed, bias).compile()
+        found = run(*placed, bias)
+    assert found[0][1].sharding.spec[:1] == lie[:1]
+    assert "all-gather" not in str(run.as_text())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
+
+
+def test_what_does_not_split_is_told():
+    mesh = a_mesh((2, 2), ("data", "tensor"))
+    shape = (4, 6, H, E)
+    with jax.set_mesh(mesh):
+        assert uneven(shape, 2) == ""
+        for odd, groups in (((3, *shape[1:]), 2), (shape[1:], 2), (shape, 1)):
+            assert "does not split among {'data': 2, 'tensor': 2}" in uneven(odd, groups)
+        inner = jax.shard_map(
+            lambda x: x + len(uneven((3, 6, H, E), 1)), in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec("data"),
+        )  # fmt: skip
+        np.testing.assert_array_equal(jax.jit(inner)(jnp.zeros(2)), 0)  # one device's own part
+    with jax.set_mesh(a_mesh((2,), ("x",))):
+        assert "axes ['x'] of the mesh are none of" in uneven(shape, 2)
 
 
 def test_what_gives_way_is_warned_of_and_told():

@@ -21,6 +21,7 @@ from tokred.ops.kernels import (
     splash,
     xla,
 )
+from tokred.ops.spread import platform
 
 
 def attention(
@@ -51,11 +52,11 @@ def attention(
     `scale` defaults to E^-0.5; scale, causal, cap and sink are static.
 
     Implementations: 'auto' (None: the fastest of the device that takes these arguments), 'xla'
-    (fused by the compiler), 'blocked' (for CPUs), 'cudnn' (NVIDIA, half precision), 'splash' (one
-    TPU), 'reference'. Kernels that take no bias per key get it in channels, see `carry_bias`;
-    lengths and channels that they want even or in tiles are padded inside. One that cannot take
-    these arguments gives way to 'xla', with a warning, and `watch_choices` tells; one that the
-    device lacks is an error.
+    (fused by the compiler), 'blocked' (for CPUs), 'cudnn' (NVIDIA, half precision), 'splash'
+    (TPUs; several under `jax.set_mesh` with axes as in `ops.spread`), 'reference'. Kernels that
+    take no bias per key get it in channels, see `carry_bias`; lengths and channels that they want
+    even or in tiles are padded inside. One that cannot take these arguments gives way to 'xla',
+    with a warning, and `watch_choices` tells; one that the device lacks is an error.
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -78,14 +79,14 @@ def _plainly(asked_for: str | None) -> str:
 
 def _kernel(asked_for: str | None, asked: Asked) -> Callable[[Asked], Array]:
     """The implementation of that name, or XLA's where this device or these arguments forbid it."""
-    platform, why = jax.default_backend(), ""
+    home, why = platform(), ""
     used = asked_for or preferred("attention", AUTO)
     if used == AUTO:
-        used = fastest(asked, platform, jax.device_count())
+        used = fastest(asked, home, jax.device_count())
     found = choose("attention", used, KERNELS, "xla")
-    if HOMES.get(used, platform) != platform:
+    if HOMES.get(used, home) != home:
         raise ValueError(
-            f"ops.attention: implementation={used!r} needs a {HOMES[used]}, this is a {platform}; "
+            f"ops.attention: implementation={used!r} needs a {HOMES[used]}, this is a {home}; "
             "use 'auto'."
         )
     if lacks := refusal(used, asked):

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokred.ops.carry import LARGE, carry_bias, pad_to
+from tokred.ops.spread import on_each, told, uneven
 
 HOMES = {"cudnn": "gpu", "splash": "tpu"}  # the only platforms of kernels
 HALF = (jnp.bfloat16, jnp.float16)
 WIDEST = 128  # channels of a head that cuDNN takes on all devices
 TILE = 128  # of splash attention: tokens and channels
+LONG = 1024  # keys from which on splash attention is chosen: it pads, but holds no probabilities
 ROWS, PARTS = 256, 16  # queries at a time on a CPU, unless that makes too many parts
 NEGATIVE = -1e30  # finite: a query without any valid key stays finite
 
@@ -37,6 +39,8 @@ def refusal(name: str, asked: Asked) -> str:
     width, pairs = asked.q.shape[-1], asked.mask is not None or asked.pair_bias is not None
     if name == "splash" and pairs:
         return "it takes no mask or bias by query and key"
+    if name == "splash" and (why := uneven(asked.q.shape, asked.k.shape[-2])):
+        return why
     config: Any = jax.config  # its fields are not declared
     precise = config.jax_default_matmul_precision not in (None, "default", "bfloat16")
     if name == "splash" and precise and asked.q.dtype in HALF:
@@ -52,12 +56,15 @@ def refusal(name: str, asked: Asked) -> str:
 
 def fastest(asked: Asked, platform: str, devices: int) -> str:
     """The kernel that suits a platform ('cpu', 'gpu', 'tpu') best among those that can take this.
-    On several TPUs XLA's: the compiler does not split splash attention among devices."""
+
+    Splash attention for `LONG` sequences, on several TPUs under `jax.set_mesh` alone: the compiler
+    does not split it among devices.
+    """
     if platform == "cpu":
         return "blocked"
     best = next((name for name, home in HOMES.items() if home == platform), "xla")
-    split = best == "splash" and devices > 1
-    return "xla" if split or refusal(best, asked) else best
+    short = asked.k.shape[-3] < LONG or (devices > 1 and not told())
+    return "xla" if (best == "splash" and short) or refusal(best, asked) else best
 
 
 def xla(asked: Asked) -> Float[Array, "*B N H E"]:
@@ -117,7 +124,13 @@ def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
 
 
 def splash(asked: Asked, interpret: bool = False) -> Array:
-    """Splash attention, in tiles of 128 tokens and channels; on one device, or within shard_map."""
+    """Splash attention, in tiles of 128 tokens and channels, of every device's examples and heads
+    under `jax.set_mesh`."""
+    arrays = {name: x for name, x in asked._asdict().items() if isinstance(x, jax.Array)}
+    return on_each(lambda x: _splash(asked._replace(**x), interpret), arrays)
+
+
+def _splash(asked: Asked, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from tokred.ops.dispatch import choose
+from tokred.ops.spread import platform
 
 
 def segment_sum(
@@ -23,7 +24,7 @@ def segment_sum(
     Static: k. Gradient: to `x`.
     """
     table = {"scatter": _scatter_sum, "one_hot": _one_hot_sum, "reference": _one_hot_sum}
-    default = "one_hot" if jax.default_backend() == "tpu" else "scatter"
+    default = "one_hot" if platform() == "tpu" else "scatter"
     return choose("segment_sum", implementation, table, default)(x, target, k, axis)
 
 

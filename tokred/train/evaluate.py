@@ -122,7 +122,8 @@ def make_evaluator(
         totals = {}
         for i, batch in enumerate(inputs.eval_batches()):
             rows = to_mesh({name: v for name, v in batch.items() if name != "id"}, setup.mesh)
-            sums = step(weights, rows, jax.random.fold_in(key, i))
+            with jax.set_mesh(setup.mesh):
+                sums = step(weights, rows, jax.random.fold_in(key, i))
             totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
         share = {name: float(value / totals["count"]) for name, value in totals.items()}
         scores = objective.scores(share)
@@ -149,7 +150,8 @@ def time_plans(
         return lambda: forward(weights[name], batch, key)
 
     calls = {name: call(name, plan) for name, (plan, _) in plans.items()}
-    timings = cost.time_rounds(calls, rounds=setup.config.evaluate.rounds)
+    with jax.set_mesh(mesh):
+        timings = cost.time_rounds(calls, rounds=setup.config.evaluate.rounds)
     return {name: 1e3 * timing.median / len(batch[fields[0]]) for name, timing in timings.items()}
 
 

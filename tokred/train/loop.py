@@ -194,7 +194,7 @@ def run_stage(
     step_of = stage.make_step(skeleton, state, mesh, rules)
     turn = _Turn(stage, start, batches, mesh, around)
     try:
-        with around.clock.counting(), jax.transfer_guard("disallow"):
+        with around.clock.counting(), jax.transfer_guard("disallow"), jax.set_mesh(mesh):
             for step in range(start + 1, stage.steps + 1):
                 around.trace(step - start - 1)
                 rows = turn.feed(step)

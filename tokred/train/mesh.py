@@ -17,9 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tokred.nn.skeleton import path_name
+from tokred.ops.spread import BATCH_AXES, HEAD_AXIS
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = (*BATCH_AXES, HEAD_AXIS)
 Rule = tuple[str, tuple[str | None, ...]]
 Rules = Sequence[Rule]
 

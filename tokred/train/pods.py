@@ -33,7 +33,6 @@ from tokred.models.decoder import DecoderConfig
 from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vlm import VLMConfig
 from tokred.nn.skeleton import Weights, split_model
-from tokred.ops import prefer
 from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.collectives import count_activation_gathers, count_collectives
@@ -51,8 +50,6 @@ from tokred.train.text import TextObjective
 Row = dict[str, Any]
 MIB = 2**20
 QUICKLY = {"exec_time_optimization_effort": -1.0}  # of -1 to 1
-# What several TPUs would choose, which are not here.
-ON_TPU = {"segment_sum": "one_hot", "attention": "xla"}
 KEY = ("pod", "model", "step", "plan")  # of a row
 
 
@@ -115,7 +112,7 @@ def compile_row(pod: str, task: Task, name: str, chips: Pod | None = None) -> Ro
     for remat in task.remat:
         start = time.perf_counter()
         try:
-            with prefer(**ON_TPU):
+            with jax.set_mesh(mesh):
                 step = lower_task(task, plan, mesh, remat).compile(QUICKLY)
         except jax.errors.JaxRuntimeError as error:
             if remat == task.remat[-1] or "RESOURCE_EXHAUSTED" not in str(error):
