@@ -15,6 +15,6 @@ def get_config(arg: str = "") -> Config:
     config.beside = {
         "restore": {},
         "mqt": {"length": 16, "start": "local"},
-        "decoder/pmod": {"layers": (2,)},  # before it, layers look for what is asked
+        "decoder/pmod": {"schedule": "interleave"},
     }
     return finish(config, arg)

@@ -1,4 +1,4 @@
-"""A method in a model that has been trained with all tokens: first what is new learns, then all.
+"""A method in a model that has been trained with all tokens.
 
 python train.py --config=configs/grid_continued.py --workdir=runs/grid_tome \\
   --config.start_from=runs/grid_dense --config.train.method=tome --config.train.macs=0.6

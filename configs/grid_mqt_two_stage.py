@@ -6,12 +6,8 @@ python train.py --config=configs/grid_mqt_two_stage.py --workdir=runs/grid_mqt_t
 """
 
 from tokred.train.config import Config, finish
-from tokred.train.recipes import nested_config
+from tokred.train.recipes import in_two_stages, nested_config
 
 
 def get_config(arg: str = "") -> Config:
-    config = nested_config()
-    config.align.steps, config.train.steps = 100, 500
-    config.optimizer.lr = 1e-3
-    config.train.trainable = "^(projector|decoder|.*reductions)/"
-    return finish(config, arg)
+    return finish(in_two_stages(nested_config()), arg)

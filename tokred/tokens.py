@@ -32,7 +32,8 @@ class Tokens:
     · memo: named quantities of an example [*B ...] that no map moves, such as a cache across layers
     · prefix: protected tokens in front, static · proportional: attention adds log(size), static
     · policy_eps: epsilon of the policy softmax, static · ordered: positions rise from slot to slot
-    among valid tokens, so that no query may see behind its slot, static; other positions end it.
+    among valid tokens of a document, so that no query may see behind its slot, static; other
+    positions end it.
     """
 
     x: Any

@@ -6,25 +6,20 @@ python -m tokred sweep configs/sweep/grid.py --workdir=runs/sweep_grid
 
 from tokred.train.sweep import Sweep, Trial
 
-RATIOS = (0.7, 0.65, 0.6)
+BUDGETS = (0.65, 0.6, 0.55)
 
 
 def get_sweep() -> Sweep:
     start = ("start_from={dense}",)
-    alone = "configs/grid_continued.py"  # trains what is named below, with the same steps
+    merging = ("train.method=tome", *start)
     return Sweep(
         dense="configs/grid_dense.py",
-        ratios=RATIOS,
+        ratios=(0.65,),
         trials={
-            "merging": Trial(alone, "train.macs", RATIOS, ("train.method=tome", *start)),
-            "queries": Trial(
-                alone,
-                "train.macs",
-                (0.7, 0.65),
-                ("train.method=mqt", "train.options.start=local", *start),
-            ),
-            "depths": Trial("configs/grid_depths.py", "beside.decoder/pmod.keep", (0.7,), start),
-            "all three": Trial("configs/grid_composed.py", "train.macs", (0.65, 0.6, 0.55), start),
+            "merging": Trial("configs/grid_continued.py", "train.macs", BUDGETS, merging),
+            "queries": Trial("configs/grid_queries.py", "beside.mqt.length", (16, 8), start),
+            "depths": Trial("configs/grid_depths.py", "beside.decoder/pmod.keep", (0.5,), start),
+            "all three": Trial("configs/grid_composed.py", "train.macs", BUDGETS, start),
         },
         score="exact",
         depth=("model.vision.depth", "model.decoder.depth"),

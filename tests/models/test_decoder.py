@@ -19,10 +19,15 @@ from tokred.models import Decoder, DecoderConfig, decoder_config
 from tokred.nn import decoder_block
 from tokred.nn.skeleton import path_name
 from tokred.ops import attention
+from tokred.plan import Plan
 
 TINY = DecoderConfig(vocab=11, width=12, depth=2, heads=4, head_dim=6, hidden=10, context=16)
 B, N = 2, 7
 IDS = jax.random.randint(jax.random.key(3), (B, N), 0, 11)
+IN_DOCUMENTS = (
+    jnp.array([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 0]]),  # places
+    jnp.array([[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 7]]),
+)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 GEMMA = {
     "activation": "gelu_tanh", "norm_offset": 1.0, "scale_embed": True, "kv_heads": 1,
@@ -106,8 +111,7 @@ def test_padding_of_any_length(side: str):
 
 
 def test_documents_are_separate_sequences():
-    document = jnp.array([[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 7]])
-    place = jnp.array([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 0]])
+    place, document = IN_DOCUMENTS
     found = tiny()(position=place, document=document)
     for row, own, out in zip(IDS, np.asarray(document), found, strict=True):
         for number in np.unique(own):
@@ -120,20 +124,30 @@ def test_tokens_know_no_future():
     np.testing.assert_array_equal(changed[:, :4], tiny()()[:, :4])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["dense", "mod"])
-def test_counted_places_need_no_mask(name: str, side: str, monkeypatch: pytest.MonkeyPatch):
-    """Then kernels are told that attention is causal; places that are given make a mask of it."""
-    asked: list[bool] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every attention whether it was told to be causal; if not it got a mask."""
+    told: list[bool] = []
 
     def spy(*args: Any, causal: bool, mask: Any, **how: Any) -> Any:
-        asked.append(causal)
+        told.append(causal)
         assert causal == (mask is None)
         return attention(*args, causal=causal, mask=mask, **how)
 
     monkeypatch.setattr(decoder_block, "attention", spy)
+    return told
+
+
+def planned(name: str) -> tuple[Decoder, Plan]:
     plan = make_plan(name, TINY.layout, **({"keep": 0.5} if name == "mod" else {}))
-    model = Decoder(TINY, plan=plan, rngs=nnx.Rngs(0))
+    return Decoder(TINY, plan=plan, rngs=nnx.Rngs(0)), plan
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["dense", "mod"])
+def test_counted_places_need_no_mask(name: str, side: str, asked: list[bool]):
+    """Then kernels are told that attention is causal; places that are given make a mask of it."""
+    model, plan = planned(name)
     lengths = jnp.array([[4], [N]])
     slots = jnp.arange(N)[None]
     valid = slots < lengths if side == "right" else slots >= N - lengths
@@ -143,6 +157,18 @@ def test_counted_places_need_no_mask(name: str, side: str, monkeypatch: pytest.M
     given = model(IDS, plan=plan, valid=valid, position=place)[0]
     assert asked[TINY.depth :] == [False] * TINY.depth
     close(np.where(valid[..., None], counted, 0), np.where(valid[..., None], given, 0))
+
+
+@pytest.mark.parametrize("name", ["dense", "mod"])
+def test_documents_in_order_need_no_mask(name: str, asked: list[bool]):
+    """Kernels hear of places in order and of documents, also where some tokens left."""
+    model, plan = planned(name)
+    where = dict(zip(("position", "document"), IN_DOCUMENTS, strict=True))
+    told = model(IDS, plan=plan, ordered=True, **where)[0]
+    assert asked == [True] * TINY.depth
+    masked = model(IDS, plan=plan, **where)[0]
+    assert asked[TINY.depth :] == [False] * TINY.depth
+    close(told, masked)
 
 
 def test_ids_may_be_constants_of_a_compiled_function():

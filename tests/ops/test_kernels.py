@@ -99,7 +99,7 @@ def test_what_kernels_are_given_is_what_was_asked(kernel, what):
     np.testing.assert_allclose(found, xla(asked), atol=2e-5)
 
 
-@pytest.mark.parametrize("what", ["nothing", "bias", "mask"])
+@pytest.mark.parametrize("what", ["nothing", "bias", "mask", "segments"])
 @pytest.mark.parametrize("kernel", ["xla", "blocked", "cudnn", "splash", "reference"])
 def test_no_key_behind_a_query_is_seen(kernel, what):
     """As with a mask that says so for every pair."""
@@ -109,11 +109,15 @@ def test_no_key_behind_a_query_is_seen(kernel, what):
     mask = jnp.broadcast_to(mask, (B, M, M)) if what == "mask" else None
     if (kernel, what) == ("splash", "mask"):
         pytest.skip("it takes no mask by pairs")
+    documents = jnp.array([[0, 0, 0, 1, 1, 2, 2], [3, 3, 3, 3, 3, 3, 0]])
     asked = Asked(q, k, v, 0.3, bias if what == "bias" else None, None, mask, causal=True)
     seen = position_mask(order, order) if mask is None else position_mask(order, order) & mask
+    if what == "segments":
+        asked = asked._replace(segments=documents)
+        seen &= documents[:, :, None] == documents[:, None]
     run = {"xla": xla, "cudnn": as_xla(), "splash": functools.partial(splash, interpret=True)}
     run |= {name: KERNELS[name] for name in ("blocked", "reference")}
-    wanted = xla(asked._replace(mask=seen, causal=False))
+    wanted = xla(asked._replace(mask=seen, causal=False, segments=None))
     np.testing.assert_allclose(run[kernel](asked), wanted, atol=2e-5)
 
 
@@ -157,10 +161,13 @@ def test_blocks_of_causal_queries_leave_out_the_keys_behind_them():
 
 
 @pytest.mark.parametrize("how", [{}, {"policy": jnp.ones((B, M))}, {"cap": 5.0}, {"sink": True}])
-def test_causal_attention_is_attention_with_a_mask(how):
+@pytest.mark.parametrize("segments", [None, jnp.array([[0, 0, 0, 1, 1, 2, 2]] * B)])
+def test_causal_attention_is_attention_with_a_mask(how, segments):
     q, k, v, bias = inputs(n=M)
     order = jnp.broadcast_to(ORDER, (B, M, 1))
-    seen = attention(q, k, v, bias=bias, causal=True, **how)
+    if segments is not None:
+        order = jnp.stack([order[..., 0], segments.astype(jnp.float32)], -1)
+    seen = attention(q, k, v, bias=bias, causal=True, segments=segments, **how)
     wanted = attention(q, k, v, bias=bias, mask=position_mask(order, order), **how)
     np.testing.assert_allclose(seen, wanted, atol=1e-5)
 
@@ -204,7 +211,7 @@ def test_the_fastest_kernel_of_a_platform_that_takes_it():
 @pytest.mark.parametrize(
     ("shape", "axes"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "tensor"))]
 )
-@pytest.mark.parametrize("what", ["nothing", "bias"])
+@pytest.mark.parametrize("what", ["nothing", "bias", "segments"])
 def test_splash_runs_on_each_device(shape, axes, what):
     """As in one piece, with its gradients, and without talk of q, k and v."""
     mesh = a_mesh(shape, axes)
@@ -212,9 +219,11 @@ def test_splash_runs_on_each_device(shape, axes, what):
     heads = (H, G, G)
     q, k, v = (jax.random.normal(key, (8, 6, h, E)) for key, h in zip(keys, heads, strict=False))
     bias = jax.random.normal(keys[3], (8, 6)) if what == "bias" else None
+    segments = jnp.arange(48).reshape(8, 6) // 4 if what == "segments" else None
 
     def loss(q, k, v, bias):
-        y = splash(Asked(q, k, v, 0.3, bias, causal=True), interpret=True)
+        asked = Asked(q, k, v, 0.3, bias, causal=True, segments=segments)
+        y = splash(asked, interpret=True)
         return jnp.sin(y).sum(), y
 
     every = jax.value_and_grad(loss, (0, 1, 2) if bias is None else (0, 1, 2, 3), has_aux=True)

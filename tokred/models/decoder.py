@@ -203,18 +203,21 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B N"] | None = None,
         position: Num[Array, "B N"] | None = None,
         document: Int[Array, "B N"] | None = None,
+        ordered: bool = False,
         extra: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B K vocab"], Report]:
         """valid: which tokens are real (None: all), padding on either side. position: of each token
         (None: counted over the valid ones); document: tokens of different ones do not see each
-        other. extra: per-token arrays [B N ...] that reductions read by name. Static: plan.
+        other. ordered: positions that are given rise from slot to slot within every document, so
+        that kernels may leave out what lies behind. extra: per-token arrays [B N ...] that
+        reductions read by name. Static: plan, ordered.
 
         Raises:
           ValueError: a sequence longer than the context, or a plan that does not fit the model.
           TypeError: ids that are no integers.
         """
         given = {"position": position, "document": document, "extra": extra}
-        tokens = self.embedded(ids, plan=plan, valid=valid, **given)
+        tokens = self.embedded(ids, plan=plan, valid=valid, ordered=ordered, **given)
         tokens, report, _ = self.decode(tokens, plan=plan, call=call)
         return self.logits(tokens), report
 
@@ -226,13 +229,14 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B N"] | None = None,
         position: Num[Array, "B N"] | None = None,
         document: Int[Array, "B N"] | None = None,
+        ordered: bool = False,
         extra: dict[str, Array] | None = None,
     ) -> Tokens:
         """What enters the layers; arguments and errors as in a call."""
         check_ids(ids, self.config, plan)
         place = count_positions(ids, valid, position, jnp.zeros((ids.shape[0],), jnp.int32))
         tokens = self.tokens(ids, valid, place, document, extra)
-        return tokens.replace(ordered=position is None and document is None)
+        return tokens.replace(ordered=ordered or (position is None and document is None))
 
     def extend(
         self,

@@ -109,6 +109,8 @@ class GroupedAttention(nnx.Module):
         """The update of the queries; `keys` brings bias, validity and policy of k and v."""
         same = queries.position is keys.position and queries.ordered and keys.ordered
         causal = self.shape.causal and self.shape.window is None and same
+        place = queries.position
+        document = place[..., 1].astype(jnp.int32) if causal and place.shape[-1] > 1 else None
         y = attention(
             q,
             k,
@@ -117,6 +119,7 @@ class GroupedAttention(nnx.Module):
             valid=keys.valid,
             mask=None if causal else self.mask(queries, keys),
             causal=causal,
+            segments=document,
             policy=keys.policy,
             policy_eps=keys.policy_eps,
             cap=self.shape.attention_cap,

@@ -15,8 +15,8 @@ from tokred.ops.kernels import (
     blocked,
     cudnn,
     fastest,
-    in_order,
     joint_bias,
+    mask_of,
     refusal,
     splash,
     xla,
@@ -33,6 +33,7 @@ def attention(
     valid: Bool[Array, "*B M"] | None = None,
     mask: Bool[Array, "*#B N M"] | None = None,
     causal: bool = False,
+    segments: Int[Array, "*B N"] | None = None,
     policy: Float[Array, "*B M"] | None = None,
     policy_eps: float = 1e-6,
     pair_bias: Float[Array, "*#B H N M"] | None = None,
@@ -44,11 +45,12 @@ def attention(
     """softmax(q k^T scale + bias + pair_bias) v, with the softmax in float32.
 
     H is a multiple of G: H / G neighbouring query heads share a key head. `bias` is added per key
-    (log size, log gate), `mask` tells which keys a query sees; causal: none behind its own slot
-    (M = N), which kernels skip. `policy` multiplies the exponentials of every key but a query's own
-    (DynamicViT, DiffRate) and needs M = N. `cap` bounds logits as
-    cap tanh(logits / cap). sink: one more key, with logit 0 and value 0, so that a query may look
-    at nothing (softmax1). Policy, cap and sink take the plain path, which holds all probabilities.
+    (log size, log gate), `mask` tells which keys a query sees; causal: none behind its own slot,
+    segments: none of another number (M = N); kernels skip what these two hide. `policy` multiplies
+    the exponentials of every key but a query's own (DynamicViT, DiffRate) and needs M = N. `cap`
+    bounds logits as cap tanh(logits / cap). sink: one more key, with logit 0 and value 0, so that a
+    query may look at nothing (softmax1). Policy, cap and sink take the plain path, which holds all
+    probabilities.
     `scale` defaults to E^-0.5; scale, causal, cap and sink are static.
 
     Implementations: 'auto' (None: the fastest of the device that takes these arguments), 'xla'
@@ -60,14 +62,13 @@ def attention(
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    asked = Asked(q, k, v, scale, key_bias(bias, valid), pair_bias, mask, causal, segments)
     if policy is not None or cap is not None or sink:
         how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
         how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
-        mask = in_order(mask, q) if causal else mask
         note("attention", "reference", _plainly(implementation))
-        probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask, **how)
+        probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask_of(asked), **how)
         return weighted_values(probs, v)
-    asked = Asked(q, k, v, scale, key_bias(bias, valid), pair_bias, mask, causal)
     return _kernel(implementation, asked)(asked)
 
 
@@ -185,8 +186,7 @@ def key_bias(
 
 
 def _reference(asked: Asked) -> Float[Array, "*B N H E"]:
-    mask = in_order(asked.mask, asked.q) if asked.causal else asked.mask
-    how: Any = {"bias": asked.bias, "pair_bias": asked.pair_bias, "mask": mask}
+    how: Any = {"bias": asked.bias, "pair_bias": asked.pair_bias, "mask": mask_of(asked)}
     return weighted_values(attention_probs(asked.q, asked.k, scale=asked.scale, **how), asked.v)
 
 

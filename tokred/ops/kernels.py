@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tokred.ops.carry import LARGE, carry_bias, pad_to
 from tokred.ops.spread import on_each, told, uneven
@@ -22,7 +22,7 @@ NEGATIVE = -1e30  # finite: a query without any valid key stays finite
 
 class Asked(NamedTuple):
     """Of attention: `bias` per key, `pair_bias` and `mask` per query and key; causal: no key behind
-    a query's slot, as many keys as queries."""
+    a query's slot; segments: no key of another number; both for as many keys as queries."""
 
     q: Float[Array, "*B N H E"]
     k: Float[Array, "*B M G E"]
@@ -32,11 +32,13 @@ class Asked(NamedTuple):
     pair_bias: Float[Array, "*#B #H #N M"] | None = None
     mask: Bool[Array, "*#B N M"] | None = None
     causal: bool = False
+    segments: Int[Array, "*B N"] | None = None
 
 
 def refusal(name: str, asked: Asked) -> str:
     """Why a kernel cannot take this, '' if it can."""
-    width, pairs = asked.q.shape[-1], asked.mask is not None or asked.pair_bias is not None
+    masks = (asked.mask, asked.pair_bias, *(() if name == "splash" else (asked.segments,)))
+    width, pairs = asked.q.shape[-1], any(x is not None for x in masks)
     if name == "splash" and pairs:
         return "it takes no mask or bias by query and key"
     if name == "splash" and (why := uneven(asked.q.shape, asked.k.shape[-2])):
@@ -69,7 +71,7 @@ def fastest(asked: Asked, platform: str, devices: int) -> str:
 
 def xla(asked: Asked) -> Float[Array, "*B N H E"]:
     """What XLA fuses of it."""
-    return _fused(asked, "xla")
+    return _fused(unsegmented(asked), "xla")
 
 
 def blocked(asked: Asked) -> Float[Array, "*B N H E"]:
@@ -78,7 +80,7 @@ def blocked(asked: Asked) -> Float[Array, "*B N H E"]:
     q, k, v = (jnp.swapaxes(x, -3, -2) for x in asked[:3])
     q, k, n = q.astype(jnp.float32) * asked.scale, k.astype(jnp.float32), q.shape[-2]
     bias = joint_bias(asked.bias, asked.pair_bias)
-    mask = in_order(asked.mask, asked.q) if asked.causal else asked.mask
+    mask = mask_of(asked)
     size, parts = max(ROWS, -(-n // PARTS)), []
     for start in range(0, max(n, 1), size):
         rows = slice(start, min(start + size, n))
@@ -104,7 +106,7 @@ def _by_group(x: Float[Array, "*B H N K"], y: Float[Array, "*B G K M"]) -> Array
 
 def cudnn(asked: Asked, fused: Callable[[Asked], Array] | None = None) -> Array:
     """cuDNN's kernel, which takes no bias per key, and pairs of even lengths alone."""
-    fused = fused or functools.partial(_fused, implementation="cudnn")
+    fused, asked = fused or functools.partial(_fused, implementation="cudnn"), unsegmented(asked)
     n, width = asked.q.shape[-3], asked.q.shape[-1]
     if asked.mask is None and asked.pair_bias is None:
         return fused(_carried(asked, 8))[..., :width]
@@ -141,12 +143,16 @@ def _splash(asked: Asked, interpret: bool) -> Array:
     scaled = (asked.q * asked.scale).astype(asked.q.dtype)
     bias = fill(bias, axis=-1, value=-LARGE)
     whole = _carried(Asked(fill(scaled, axis=-3), k, v, 1.0, bias), TILE)
+    segments = None
+    if asked.segments is not None:
+        numbers = fill(asked.segments.astype(jnp.int32), axis=-1)
+        segments = kernel.SegmentIds(numbers, numbers)
     mask = masks.CausalMask if asked.causal else masks.FullMask
     seen = masks.MultiHeadMask([mask((whole.q.shape[-3], k.shape[-3]))] * heads)
     run: Any = kernel.make_splash_mha_single_device(seen, interpret=interpret)
     for _ in range(asked.q.ndim - 3):
         run = jax.vmap(run)
-    y = run(*(jnp.swapaxes(x, -3, -2) for x in whole[:3]))
+    y = run(*(jnp.swapaxes(x, -3, -2) for x in whole[:3]), segments)
     return jnp.swapaxes(y, -3, -2)[..., :n, :, :width]
 
 
@@ -160,10 +166,20 @@ def _carried(asked: Asked, multiple: int) -> Asked:
     return asked._replace(q=q, k=k, v=pad_to(asked.v, q.shape[-1], -1), bias=None)
 
 
-def in_order(mask: Bool[Array, "*#B N M"] | None, q: Array) -> Bool[Array, "*#B N M"]:
-    """The mask, and no key behind a query's slot."""
-    n = q.shape[-3]
-    order = jnp.tril(jnp.ones((n, n), bool)).reshape((1,) * (q.ndim - 3) + (n, n))
+def unsegmented(asked: Asked) -> Asked:
+    """The same with segments as a mask."""
+    if asked.segments is None:
+        return asked
+    own = asked.segments[..., :, None] == asked.segments[..., None, :]
+    return asked._replace(mask=own if asked.mask is None else asked.mask & own, segments=None)
+
+
+def mask_of(asked: Asked) -> Bool[Array, "*#B N M"] | None:
+    """All that hides keys from queries, as one mask."""
+    mask, n, rank = unsegmented(asked).mask, asked.q.shape[-3], asked.q.ndim - 3
+    if not asked.causal:
+        return mask
+    order = jnp.tril(jnp.ones((n, n), bool)).reshape((1,) * rank + (n, n))
     return order if mask is None else mask & order
 
 

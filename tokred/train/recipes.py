@@ -92,11 +92,16 @@ def grid_config() -> Config:
 
 
 def continued_grid_config() -> Config:
-    """What the recipes that go on from a model of `grid_config` share; set start_from. First what
-    is new learns, then everything."""
-    config = grid_config()
+    """What the recipes that go on from a model of `grid_config` share; set start_from."""
+    return in_two_stages(grid_config())
+
+
+def in_two_stages(config: Config) -> Config:
+    """First what is new learns, then the decoder with it; as usual in the field, the vision model
+    stays as it is."""
     config.align.steps, config.train.steps = 100, 500
     config.optimizer.lr = 1e-3
+    config.train.trainable = "^(projector|decoder|.*reductions)/"
     return config
 
 

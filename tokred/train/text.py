@@ -89,6 +89,7 @@ class TextObjective(TokenObjective):
             valid=inputs.valid,
             position=inputs.position,
             document=inputs.document,
+            ordered=True,  # as `data.packing` lays documents
             extra={"generated": inputs.position},
         )
 
