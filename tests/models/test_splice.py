@@ -44,7 +44,7 @@ def test_splice_is_a_loop_over_lists(name, hidden):
     text = jnp.asarray(ids, jnp.float32)[..., None]
     out = jax.jit(splice)(text, ids == IMAGE, images, valid=jnp.asarray(valid))
     tokens = out.tokens
-    assert tokens.n == 5 + 2 * (k - 1)
+    assert tokens.n == 5 + 2 * (k - 1) and tokens.ordered
     for b in range(2):
         real = np.asarray(tokens.valid[b])
         row, place, frame = by_hand(ids[b], valid[b], values[b], seen[b])
@@ -95,6 +95,7 @@ def test_whole_images_stand_as_they_are_counted():
     counted = splice(text, ids == IMAGE, images, valid=valid).tokens
     placed = splice(text, ids == IMAGE, images, valid=valid, grid=(2, 3)).tokens
     np.testing.assert_array_equal(counted.position, placed.position)
+    assert counted.ordered and not placed.ordered
 
 
 def test_tokens_without_a_place_cannot_stand_there():

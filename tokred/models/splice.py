@@ -76,6 +76,7 @@ def splice(
         position = of_word(jnp.cumsum(room, -1) - room) + gather(inside, index, axis=1)
         after = room.sum(-1).astype(jnp.float32)
     tokens = make_tokens(x, valid=real, position=position[..., None], extra=extra)
+    tokens = tokens.replace(ordered=grid is None and step > 0)
     return Spliced(tokens, _last(real, end), after)
 
 
