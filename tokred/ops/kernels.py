@@ -15,6 +15,7 @@ HOMES = {"cudnn": "gpu", "splash": "tpu"}  # the only platforms of kernels
 HALF = (jnp.bfloat16, jnp.float16)
 WIDEST = 128  # channels of a head that cuDNN takes on all devices
 TILE = 128  # of splash attention: tokens and channels
+PADDING = -1  # the segment of what fills the last tile
 LONG = 1024  # keys from which on splash attention is chosen: it pads, but holds no probabilities
 ROWS, PARTS = 256, 16  # queries at a time on a CPU, unless that makes too many parts
 NEGATIVE = -1e30  # finite: a query without any valid key stays finite
@@ -136,19 +137,19 @@ def _splash(asked: Asked, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    n, m, heads, width = asked.q.shape[-3], asked.k.shape[-3], *asked.q.shape[-2:]
-    bias = jnp.zeros((*asked.k.shape[:-3], m)) if asked.bias is None else asked.bias
+    n, heads, width = asked.q.shape[-3:]
     fill = functools.partial(pad_to, multiple=TILE)
-    k, v = fill(asked.k, axis=-3), fill(asked.v, axis=-3)
     scaled = (asked.q * asked.scale).astype(asked.q.dtype)
-    bias = fill(bias, axis=-1, value=-LARGE)
-    whole = _carried(Asked(fill(scaled, axis=-3), k, v, 1.0, bias), TILE)
-    segments = None
-    if asked.segments is not None:
-        numbers = fill(asked.segments.astype(jnp.int32), axis=-1)
-        segments = kernel.SegmentIds(numbers, numbers)
+    bias = None if asked.bias is None else fill(asked.bias, axis=-1, value=-LARGE)
+    q, k, v = (fill(x, axis=-3) for x in (scaled, asked.k, asked.v))
+    whole = _carried(Asked(q, k, v, 1.0, bias), TILE)
+    segments = asked.segments
+    if segments is not None or q.shape != asked.q.shape or k.shape != asked.k.shape:
+        own = lambda x: jnp.zeros(x.shape[:-2], jnp.int32) if segments is None else segments  # noqa: E731
+        numbers = (fill(own(x), axis=-1, value=PADDING) for x in (asked.q, asked.k))
+        segments = kernel.SegmentIds(*numbers)
     mask = masks.CausalMask if asked.causal else masks.FullMask
-    seen = masks.MultiHeadMask([mask((whole.q.shape[-3], k.shape[-3]))] * heads)
+    seen = masks.MultiHeadMask([mask((q.shape[-3], k.shape[-3]))] * heads)
     run: Any = kernel.make_splash_mha_single_device(seen, interpret=interpret)
     for _ in range(asked.q.ndim - 3):
         run = jax.vmap(run)
