@@ -130,3 +130,17 @@ def test_documents_do_not_see_each_other():
     np.testing.assert_array_equal(seen[:2, :2], np.tri(2, dtype=bool))
     np.testing.assert_array_equal(seen[2:, 2:], np.tri(2, dtype=bool))
     assert not seen[:2, 2:].any() and not seen[2:, :2].any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked", "reference"])
+def test_a_query_without_a_valid_key_sees_none_behind_it(implementation: str):
+    """What stands there must not depend on how much follows."""
+    q, k, v, _ = inputs(2)
+    q = normal(4, B, M, H, E)
+    valid = jnp.arange(M)[None] > jnp.array([[0], [2]])
+
+    def first(n: int) -> Any:
+        given = {"valid": valid[:, :n], "causal": True, "implementation": implementation}
+        return attention(q[:, :n], k[:, :n], v[:, :n], **given)
+
+    close(first(M)[:, : M - 2], first(M - 2))

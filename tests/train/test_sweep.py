@@ -191,13 +191,13 @@ def test_a_sweep_runs(tmp_path, capsys):
 def test_parts_of_a_larger_model_are_swept(tmp_path):
     """Fewer layers are those of what is reduced; one budget is for all that is composed."""
     found = {job.name: job for job in list_jobs(load_sweep("configs/sweep/grid.py"), tmp_path, [0])}
-    smaller = found["smaller_dense/depth_2_2/seed_0"].config.model
-    assert (smaller.vision.depth, smaller.decoder.depth) == (2, 2)
+    smaller = found["smaller_dense/depth_3_2/seed_0"].config.model
+    assert (smaller.vision.depth, smaller.decoder.depth) == (3, 2)
     composed = found["all three/0.55/seed_0"]
     assert composed.config.train.macs == 0.55 and not composed.ready
     assert composed.after == tmp_path / "dense" / "seed_0"
-    depths = found["depths/0.7/seed_0"].config
-    assert depths.beside["decoder/pmod"].keep == 0.7
+    depths = found["depths/0.5/seed_0"].config
+    assert depths.beside["decoder/pmod"].keep == 0.5
     assert found["queries/0.65/seed_0"].config.train.options.start == "local"
     assert found["dense/seed_0"].ready
 

@@ -11,6 +11,7 @@ from tokred.ops.dispatch import choose, note, preferred
 from tokred.ops.kernels import (
     HOMES,
     NEGATIVE,
+    UNSEEN,
     Asked,
     blocked,
     cudnn,
@@ -220,7 +221,7 @@ def attention_probs(
     if joint is not None:
         logits = logits + joint
     if mask is not None:
-        logits = jnp.where(mask[..., None, :, :], logits, NEGATIVE)
+        logits = jnp.where(mask[..., None, :, :], logits, UNSEEN)
     if policy is None:
         return softmax(logits, sink=sink)
     if sink:

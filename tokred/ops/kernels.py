@@ -19,6 +19,7 @@ PADDING = -1  # the segment of what fills the last tile
 LONG = 1024  # keys from which on splash attention is chosen: it pads, but holds no probabilities
 ROWS, PARTS = 256, 16  # queries at a time on a CPU, unless that makes too many parts
 NEGATIVE = -1e30  # finite: a query without any valid key stays finite
+UNSEEN = 2 * NEGATIVE  # and looks at none that a mask hides
 
 
 class Asked(NamedTuple):
@@ -90,7 +91,7 @@ def blocked(asked: Asked) -> Float[Array, "*B N H E"]:
         if bias is not None:
             logits = logits + bias[..., rows if bias.shape[-2] > 1 else slice(None), keys]
         if mask is not None:
-            logits = jnp.where(mask[..., None, rows, keys], logits, NEGATIVE)
+            logits = jnp.where(mask[..., None, rows, keys], logits, UNSEEN)
         weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         y = _by_group(weight.astype(v.dtype), v[..., keys, :])
         parts.append(y / weight.sum(-1, keepdims=True))
