@@ -198,7 +198,7 @@ def test_parts_of_a_larger_model_are_swept(tmp_path):
     assert composed.after == tmp_path / "dense" / "seed_0"
     depths = found["depths/0.5/seed_0"].config
     assert depths.beside["decoder/pmod"].keep == 0.5
-    assert found["queries/0.65/seed_0"].config.train.options.start == "local"
+    assert found["queries/8/seed_0"].config.beside.mqt.length == 8
     assert found["dense/seed_0"].ready
 
 
