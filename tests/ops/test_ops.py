@@ -163,13 +163,13 @@ def test_the_epsilon_of_a_policy_is_shared_by_valid_keys():
 @pytest.mark.parametrize("lead", [(), (B,), (2, B)])
 def test_fused_attention_agrees_with_its_reference(lead):
     *qkv, bias, _ = attention_inputs(lead)
-    agree(lambda name, *a: attention(*a, implementation=name), ["blocked", "xla"], *qkv)
+    agree(lambda name, *a: attention(*a, implementation=name), [None, "blocked", "xla"], *qkv)
 
     def biased(name, q, k, v, bias):
         valid = jnp.broadcast_to(VALID[0], bias.shape)
         return attention(q, k, v, bias=bias, valid=valid, implementation=name)
 
-    agree(biased, ["blocked", "xla"], *qkv, bias)
+    agree(biased, [None, "blocked", "xla"], *qkv, bias)
 
 
 def test_bfloat16_keeps_the_precision_of_the_bias():

@@ -1,9 +1,10 @@
 """Kernels that the compiler does not split among devices: one on each, as `jax.set_mesh` tells."""
 
+import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec, get_abstract_mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array
 
 BATCH_AXES = ("data", "fsdp")  # of a mesh: they split the batch
@@ -15,6 +16,16 @@ def platform() -> str:
     the default ones."""
     device = getattr(get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of the mesh that split a batch."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def told() -> bool:
@@ -29,7 +40,7 @@ def uneven(shape: tuple[int, ...], groups: int) -> str:
         return ""
     if strange := set(mesh.axis_names) - {*BATCH_AXES, HEAD_AXIS}:
         return f"axes {sorted(strange)} of the mesh are none of {(*BATCH_AXES, HEAD_AXIS)}"
-    rows, heads = _sizes(mesh)
+    rows, heads = batch_parts(mesh), mesh.shape.get(HEAD_AXIS, 1)
     if len(shape) < 4 or shape[0] % rows or groups % heads:
         return f"q {list(shape)} with {groups} key heads does not split among {dict(mesh.shape)}"
     return ""
@@ -42,7 +53,7 @@ def on_each(run: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]) 
     mesh = get_abstract_mesh()
     if _whole(mesh):
         return run(arrays)
-    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    rows = batch_axes(mesh)
     heads = HEAD_AXIS if HEAD_AXIS in mesh.shape else None
 
     def place(name: str, ndim: int) -> PartitionSpec:
@@ -56,11 +67,3 @@ def on_each(run: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]) 
 
 def _whole(mesh: AbstractMesh) -> bool:
     return mesh.empty or mesh.size == 1 or bool(mesh.manual_axes)
-
-
-def _sizes(mesh: AbstractMesh) -> tuple[int, int]:
-    """Into how many parts the batch and the heads are split."""
-    rows = 1
-    for axis in BATCH_AXES:
-        rows *= mesh.shape.get(axis, 1)
-    return rows, mesh.shape.get(HEAD_AXIS, 1)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tokred.nn.skeleton import path_name
-from tokred.ops.spread import BATCH_AXES, HEAD_AXIS
+from tokred.ops.spread import BATCH_AXES, HEAD_AXIS, batch_axes, batch_parts
 
 AXES = (*BATCH_AXES, HEAD_AXIS)
 Rule = tuple[str, tuple[str | None, ...]]
@@ -140,16 +140,11 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Partit
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first dimension is the batch."""
-    return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:

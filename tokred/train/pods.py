@@ -33,12 +33,13 @@ from tokred.models.decoder import DecoderConfig
 from tokred.models.encoder_decoder_config import EncoderDecoderConfig
 from tokred.models.vlm import VLMConfig
 from tokred.nn.skeleton import Weights, split_model
+from tokred.ops.spread import HEAD_AXIS, batch_axes
 from tokred.plan import Plan
 from tokred.train.cli import Arguments, run
 from tokred.train.collectives import count_activation_gathers, count_collectives
 from tokred.train.families import FAMILIES
 from tokred.train.losses import ImageObjective, Objective
-from tokred.train.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, with_places
+from tokred.train.mesh import batch_sharding, make_mesh, replicated, with_places
 from tokred.train.optimizer import make_optimizer
 from tokred.train.pod_tasks import PODS, TASKS, Pod, Task
 from tokred.train.seq2seq import Seq2SeqObjective
@@ -266,9 +267,8 @@ def lower_decode(config: DecoderConfig, plan: Plan, mesh: Mesh, batch: int) -> A
 
 def cache_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of a cache's arrays [B], [B G] and more: sequences and key heads lie apart."""
-    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    heads = ("tensor",) if ndim > 1 and "tensor" in mesh.shape else ()
-    return NamedSharding(mesh, PartitionSpec(rows, *heads))
+    heads = (HEAD_AXIS,) if ndim > 1 and HEAD_AXIS in mesh.shape else ()
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh), *heads))
 
 
 def facts(step: Any, hbm: int, weights: Weights, parts: int = 1) -> Row:
