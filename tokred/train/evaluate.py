@@ -192,7 +192,8 @@ def draw(setup: Setup, weights: Weights, inputs: Inputs, plan: Plan, workdir: Pa
     mine = lambda report: report.parts.get("", report)  # noqa: E731
     take = lambda _, report: (report.sources, mine(report).entered)  # noqa: E731
     forward = make_forward(setup.skeleton, setup.objective(plan), take)
-    sources, routed = forward(weights, rows, setup.eval_key())
+    with jax.set_mesh(setup.mesh):
+        sources, routed = forward(weights, rows, setup.eval_key())
     rows, sources, routed = to_host((dict(rows), sources, routed))
     if not is_main():
         return

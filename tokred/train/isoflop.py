@@ -145,7 +145,8 @@ def step_call(setup: Setup, weights: Weights, inputs: Inputs) -> Callable[[], An
     held = [state]
 
     def call() -> Any:
-        held[0], metrics = step(held[0], rows, setup.frozen)
+        with jax.set_mesh(setup.mesh):
+            held[0], metrics = step(held[0], rows, setup.frozen)
         return metrics
 
     return call
