@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tokred.viz import format_table, paint_tokens, plot_frontier, plot_pareto, plot_tokens
+from tokred.viz import curves, format_table, paint_tokens, plot_frontier, plot_pareto, plot_tokens
 from tokred.viz.kept import ALONE, GONE, colour_groups, count_left, label_cells, stretch
 from tokred.viz.table import FIELDS
 
@@ -292,3 +292,19 @@ def test_a_frontier_has_a_line_per_method_and_a_point_for_one_budget(tmp_path):
         plot_frontier([], tmp_path / "none.png")
     with pytest.raises(ValueError, match="'loss'"):
         plot_frontier(rows, tmp_path / "none.png", "loss")
+
+
+def test_the_band_of_a_percentage_stays_within_0_and_100(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    low_and_high = [
+        {"line": "one", "budget": b, "seed": s, "macs_ratio": b, "accuracy": float(s), "loss": s}
+        for b in (0.4, 0.6)
+        for s in (0, 1)
+    ]
+    for score, within in (("accuracy", True), ("loss", False)):
+        plot_frontier(low_and_high, tmp_path / "none.png", score)
+        (band,) = drawn[-1].axes[0].collections
+        y = band.get_paths()[0].vertices[:, 1]
+        assert (y.min() == 0 and y.max() == 100) == within
+        assert (y.min() < 0 and y.max() > 1) != within

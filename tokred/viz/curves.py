@@ -21,7 +21,7 @@ def plot_curves(rows: Sequence[Row], path: str | PathLike) -> None:
     Raises:
       ValueError: no rows, or seeds of one method with different lengths of curves.
     """
-    figure = new_figure(7, 4.6)
+    figure = new_figure(8.5, 4.6)
     panel = figure.subplots()
     for number, (method, group) in enumerate(group_by_method(rows).items()):
         lengths = {len(row["curve"]) for row in group}
@@ -50,7 +50,7 @@ def plot_lengths(rows: Sequence[Row], path: str | PathLike) -> None:
     """
     if not rows:
         raise ValueError("rows are empty: train a model first.")
-    figure = new_figure(7, 4.6)
+    figure = new_figure(8.5, 4.6)
     panel = figure.subplots()
     for number, (name, group) in enumerate(_by(rows, "line").items()):
         points = sorted(_by(group, "tokens").items())
@@ -65,8 +65,8 @@ def plot_lengths(rows: Sequence[Row], path: str | PathLike) -> None:
 
 def plot_frontier(rows: Sequence[Row], path: str | PathLike, score: str = "accuracy") -> None:
     """A score over MACs, written to `path`: a line per method through the means of its budgets,
-    with a band in which the mean lies with 95 % confidence (Student's t over the seeds; none for
-    one seed).
+    with a band in which the mean lies with 95 % confidence (Student's t over the seeds, within 0
+    and 100 for percentages; none for one seed).
 
     rows: with 'line' (the name of the curve), 'budget', 'macs_ratio' and the score. A method with a
     single budget is a point with a bar.
@@ -79,7 +79,8 @@ def plot_frontier(rows: Sequence[Row], path: str | PathLike, score: str = "accur
     if any(row.get(score) is None for row in rows):
         raise ValueError(f"rows[{score!r}] must be a number in every row: change score.")
     heading, factor, _ = FIELDS.get(score, (score, 1, 0))
-    figure = new_figure(7, 4.6)
+    bounds = (0, 100) if factor == 100 else (-np.inf, np.inf)
+    figure = new_figure(8.5, 4.6)
     panel = figure.subplots()
     for number, (name, group) in enumerate(_by(rows, "line").items()):
         budgets = _by(group, "budget").values()
@@ -87,7 +88,8 @@ def plot_frontier(rows: Sequence[Row], path: str | PathLike, score: str = "accur
             (np.mean([row["macs_ratio"] for row in b]), *_interval(b, score)) for b in budgets
         ]
         spent, mean, half = np.array(sorted(points)).T * [[1], [factor], [factor]]
-        _draw_line(panel, number, name, spent, mean, mean - half, mean + half)
+        low, high = np.clip([mean - half, mean + half], *bounds)
+        _draw_line(panel, number, name, spent, mean, low, high)
     _finish(panel, "MACs, 1 = dense", heading, f"{heading} over MACs, bands: 95 % confidence")
     save(figure, path)
 
@@ -126,4 +128,4 @@ def _finish(panel: Any, x: str, y: str, title: str) -> None:
     panel.set_ylabel(y, fontsize=LABEL)
     panel.set_title(title, fontsize=TITLE)
     panel.tick_params(labelsize=SMALL)
-    panel.legend(fontsize=SMALL, frameon=False)
+    panel.figure.legend(loc="outside right upper", fontsize=SMALL, frameon=False)
