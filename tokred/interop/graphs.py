@@ -44,6 +44,8 @@ def write_graphs(
     }  # fmt: skip
     if kind not in writers:
         raise ValueError(f"export: kind {kind!r} must be one of {tuple(writers)}; change --to.")
+    if kind == "onnx" and importlib.util.find_spec("jax2onnx") is None:
+        raise ImportError('ONNX needs jax2onnx and onnxruntime: pip install "tokred[export]".')
     out.mkdir(parents=True, exist_ok=True)
     examples = {}
     for function in functions:
@@ -63,8 +65,6 @@ def _write_stablehlo(function: Function, path: Path) -> None:
 
 
 def _write_onnx(function: Function, path: Path) -> None:
-    if importlib.util.find_spec("jax2onnx") is None:
-        raise ImportError('ONNX needs jax2onnx and onnxruntime: pip install "tokred[export]".')
     from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
 
     specs = list(function.inputs.values())

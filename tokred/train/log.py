@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -105,13 +106,15 @@ def _open_events(workdir: Path) -> Any:
 
 
 class Progress:
-    """A progress bar of one stage with loss, accuracy, MACs and examples per second."""
+    """A progress bar of one stage with loss, accuracy, MACs and examples per second; drawn every
+    few seconds only where it goes into a file or a notebook."""
 
     def __init__(self, stage: str, start: int, steps: int, batch: int, *, show: bool = True):
         from tqdm import tqdm
 
+        often = 0.5 if sys.stderr.isatty() else 5.0
         self._bar = tqdm(
-            total=steps, initial=start, desc=stage, unit="step", disable=not show, mininterval=0.5
+            total=steps, initial=start, desc=stage, unit="step", disable=not show, mininterval=often
         )
         self._batch = batch
         self._mark = (time.perf_counter(), start)
@@ -129,6 +132,7 @@ class Progress:
         rate = (step - earlier) * self._batch / max(now - before, 1e-9)
         self._bar.set_postfix_str(
             f"loss {numbers['loss']:.3f}, accuracy {100 * numbers['accuracy']:.1f}%, "
-            f"MACs {100 * numbers['macs_ratio']:.0f}%, {rate:.0f} examples/s"
+            f"MACs {100 * numbers['macs_ratio']:.0f}%, {rate:.0f} examples/s",
+            refresh=False,
         )
         return rate
