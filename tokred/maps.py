@@ -164,7 +164,9 @@ class Keep(_Map):
 
 
 @functools.partial(
-    register, data_fields=["target", "weight", "index", "valid"], meta_fields=["k", "several"]
+    register,
+    data_fields=["target", "weight", "index", "valid", "joining"],
+    meta_fields=["k", "several"],
 )
 @dataclass(frozen=True)
 class Assign(_Map):
@@ -173,7 +175,8 @@ class Assign(_Map):
     target: Int[*B N], or [*B N J] for several groups; the value k means nobody
     · k: groups, static · weight: Float like target or None (ones), multiplies in every sum
     · index: Int[*B K] or None, the member that stands for its group under how='keep'
-    · valid: Bool[*B K] or None.
+    · valid: Bool[*B K] or None · joining: Int[*B J] or None, all members that `index` does not
+    name, each in one group: sums then copy those that it names, and add J rows instead of N.
     """
 
     target: Any
@@ -182,6 +185,7 @@ class Assign(_Map):
     index: Any = None
     valid: Any = None
     several: bool = False
+    joining: Any = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -213,8 +217,15 @@ class Assign(_Map):
         for target, own in self._columns():
             factors = [aligned(w, x.ndim, axis) for w in (own, weight) if w is not None]
             scaled = functools.reduce(jnp.multiply, factors, x.astype(jnp.float32))
-            total = total + segment_sum(scaled, target, self.k, axis=axis)
+            total = total + self._added(scaled, target, axis)
         return total
+
+    def _added(self, x: Array, target: Array, axis: int) -> Array:
+        if self.joining is None:
+            return segment_sum(x, target, self.k, axis=axis)
+        rows = gather(x, self.joining, axis=axis)
+        into = gather(target, self.joining, axis=target.ndim - 1)
+        return segment_sum(rows, into, self.k, axis=axis, onto=gather(x, self.index, axis=axis))
 
     def _apply(self, x: Array, how: str, weight: Array | None, axis: int) -> Array:
         if how == "keep":
@@ -363,36 +374,3 @@ def follow(source: Int[Array, "*B S"], map_: TokenMap) -> Int[Array, "*B S"]:
     """`source` after one more map: original -> where it is now, -1 = gone."""
     where = gather(map_.source, jnp.maximum(source, 0), axis=len(map_.batch))
     return jnp.where(source < 0, -1, where)
-
-
-def fold(x: Tree, groups: int, *, axis: int = 1) -> Tree:
-    """A token axis split into a leading axis of `groups` and the tokens of each: windows, crops,
-    frames. `unfold` undoes it. Static: groups. Raises ValueError for a token count that is not a
-    multiple of `groups`."""
-
-    def one(a: Array) -> Array:
-        n = a.shape[axis]
-        if n % groups:
-            raise ValueError(f"fold: {n} tokens do not divide into {groups} groups; pad them.")
-        return a.reshape((*a.shape[:axis], groups, n // groups, *a.shape[axis + 1 :]))
-
-    return jax.tree.map(one, x)
-
-
-def unfold(x: Tree, *, axis: int = 1) -> Tree:
-    """Axes `axis` and `axis + 1` (groups, tokens) joined into one token axis again."""
-    return jax.tree.map(lambda a: a.reshape((*a.shape[:axis], -1, *a.shape[axis + 2 :])), x)
-
-
-def window_order(grid: tuple[int, int], window: tuple[int, int]) -> Int[Array, " N"]:
-    """The raster index of every token of an h x w grid, window after window: a Keep index that
-    makes `fold` by windows right. Static arguments.
-
-    Raises:
-      ValueError: the grid is not a multiple of the window.
-    """
-    (h, w), (a, b) = grid, window
-    if h % a or w % b:
-        raise ValueError(f"window_order: window {window} does not divide grid {grid}; change one.")
-    raster = jnp.arange(h * w, dtype=jnp.int32).reshape(h // a, a, w // b, b)
-    return raster.transpose(0, 2, 1, 3).reshape(-1)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.algebra.random_maps import KINDS, make_map, normal
-from tokred.maps import Assign, Keep, Mix, compose, fold, follow, unfold, window_order
+from tokred.fold import fold, unfold, window_order
+from tokred.maps import Assign, Keep, Mix, compose, follow
 
 B, H, N, M, K, D = 2, 3, 6, 5, 4, 2
 SHAPES = {  # name: (array, token axis); the map's leading axes are (B,), or (B, 1) where lifted

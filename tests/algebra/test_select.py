@@ -143,6 +143,18 @@ def test_the_prefix_stays_in_front(name, seed):
         close(tokens.size.sum(-1), np.full(B, N))
 
 
+@pytest.mark.parametrize("name", MERGES)
+def test_who_joins_is_who_does_not_stand_for_a_group(name):
+    map_ = run(name, *inputs(0)[1:], None)[0]
+    if map_.joining is None:
+        assert name.startswith(("cluster", "pool"))
+        return
+    for target, index, joining in zip(map_.target, map_.index, map_.joining, strict=True):
+        assert target[index].tolist() == list(range(map_.k))
+        members = np.flatnonzero(np.asarray(target) < map_.k)
+        assert sorted([*index.tolist(), *joining.tolist()]) == members.tolist()
+
+
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_choice_has_no_gradient_and_what_moves_has(name):
     _, x, scores = inputs(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokred.maps import fold, unfold, window_order
+from tokred.fold import fold, unfold, window_order
 from tokred.methods import make_plan
 from tokred.methods.expedit import Expedit, near_pairs
 from tokred.models import ViT, ViTConfig

@@ -92,6 +92,20 @@ def test_what_goes_to_nobody_may_be_anything(name):
     assert total.tolist() == [3.0, 0.0]
 
 
+@pytest.mark.parametrize(("shape", "axis", "lead"), LAYOUTS)
+def test_sums_onto_rows(shape, axis, lead):
+    lead = lead if isinstance(lead, tuple) else (lead,)
+    x, rows = normal(1, *shape), normal(2, *shape[:axis], K, *shape[axis + 1 :])
+    target = jnp.asarray(np.random.default_rng(0).integers(0, K + 1, (*lead, N)), jnp.int32)
+
+    def call(name, x, rows):
+        if name == "reference":
+            return rows + segment_sum(x, target, K, axis=axis, implementation=name)
+        return segment_sum(x, target, K, axis=axis, onto=rows, implementation=name)
+
+    agree(call, [None, "scatter", "one_hot"], x, rows)
+
+
 @pytest.mark.parametrize("name", ["scatter", "reference"])
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
 def test_maxima_of_integers_and_truths(name, dtype):

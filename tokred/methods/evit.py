@@ -48,7 +48,8 @@ class EViT(Reduction):
         k = self.counts(tokens.n, tokens.prefix)
         rank = Keep(ranked.index, tokens.n).source
         fused = tokens.prefix + self.kept(tokens.n, tokens.prefix)
-        return merge_into(jnp.minimum(rank, fused), k, ranked.index[..., :k], tokens.valid)
+        target, (stand, join) = jnp.minimum(rank, fused), jnp.split(ranked.index, [k], axis=-1)
+        return merge_into(target, k, stand, tokens.valid, join)
 
     def move(self, tokens: Tokens, map_: TokenMap, evidence: Mapping[str, Array]) -> Tokens:
         stays = map_.source < tokens.prefix + self.kept(tokens.n, tokens.prefix)

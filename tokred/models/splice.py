@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.tree_util import register_dataclass
 from jaxtyping import Array, Bool, Float, Int
 
-from tokred.maps import unfold
+from tokred.fold import unfold
 from tokred.ops import gather
 from tokred.positions import v2pe_positions
 from tokred.tokens import Tokens, make_tokens

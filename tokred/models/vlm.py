@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tokred.cache import KVCache
-from tokred.maps import fold, unfold
+from tokred.fold import fold, unfold
 from tokred.models.decoder import Decoder, DecoderConfig
 from tokred.models.ids import check_ids
 from tokred.models.splice import Spliced, check_prompt, splice

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tokred.maps import fold, window_order
+from tokred.fold import fold, window_order
 from tokred.nn.chain import Chain, as_input, grown, linears
 from tokred.nn.cross_attention import CrossAttention, PostBlock, PreBlock
 from tokred.nn.grids import grid_matrix, resize_matrix, sincos_2d

@@ -16,16 +16,19 @@ def segment_sum(
     k: int,
     *,
     axis: int,
+    onto: Shaped[Array, "..."] | None = None,
     implementation: str | None = None,
 ) -> Shaped[Array, "..."]:
-    """Rows of `x` added up by `target`; target value `k` means nobody.
+    """Rows of `x` added up by `target`, onto zeros or the rows `onto`; target value `k` means
+    nobody.
 
-    Shapes: x [*L N *T], target [*I N] with *I broadcasting to the end of *L; result [*L k *T].
-    Static: k. Gradient: to `x`.
+    Shapes: x [*L N *T], target [*I N] with *I broadcasting to the end of *L; onto, of the type of
+    x, and result [*L k *T]. Static: k. Gradient: to `x` and `onto`.
     """
     table = {"scatter": _scatter_sum, "one_hot": _one_hot_sum, "reference": _one_hot_sum}
     default = "one_hot" if platform() == "tpu" else "scatter"
-    return choose("segment_sum", implementation, table, default)(x, target, k, axis)
+    onto = jnp.zeros((*x.shape[:axis], k, *x.shape[axis + 1 :]), x.dtype) if onto is None else onto
+    return choose("segment_sum", implementation, table, default)(x, target, onto, axis)
 
 
 def segment_max(
@@ -44,30 +47,30 @@ def segment_max(
     return choose("segment_max", implementation, table, "scatter")(x, target, k, axis)
 
 
-def _per_example(f: Callable, x: Array, target: Array, axis: int) -> Array:
+def _per_example(f: Callable, x: Array, target: Array, axis: int, *more: Array) -> Array:
     # Nested vmap keeps a sharded batch local; merging leading axes would gather it.
     lead = x.shape[:axis]
     target = jnp.broadcast_to(target, (*lead, target.shape[-1]))
     for _ in lead:
         f = jax.vmap(f)
-    return f(x, target)
+    return f(x, target, *more)
 
 
-def _scatter_sum(x: Array, target: Array, k: int, axis: int) -> Array:
-    def one(rows: Array, t: Array) -> Array:
-        return jnp.zeros((k, *rows.shape[1:]), rows.dtype).at[t].add(rows, mode="drop")
+def _scatter_sum(x: Array, target: Array, onto: Array, axis: int) -> Array:
+    def one(rows: Array, t: Array, base: Array) -> Array:
+        return base.at[t].add(rows, mode="drop")
 
-    return _per_example(one, x, target, axis)
+    return _per_example(one, x, target, axis, onto)
 
 
-def _one_hot_sum(x: Array, target: Array, k: int, axis: int) -> Array:
-    def one(rows: Array, t: Array) -> Array:
-        hot = (t[:, None] == jnp.arange(k)[None]).astype(rows.dtype)
-        nobody = jnp.expand_dims(t >= k, range(1, rows.ndim))
+def _one_hot_sum(x: Array, target: Array, onto: Array, axis: int) -> Array:
+    def one(rows: Array, t: Array, base: Array) -> Array:
+        hot = (t[:, None] == jnp.arange(len(base))[None]).astype(rows.dtype)
+        nobody = jnp.expand_dims(t >= len(base), range(1, rows.ndim))
         rows = jnp.where(nobody, jnp.zeros_like(rows), rows)  # NaN of padding stays outside
-        return jnp.tensordot(hot, rows, ((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
+        return base + jnp.tensordot(hot, rows, ((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
 
-    return _per_example(one, x, target, axis)
+    return _per_example(one, x, target, axis, onto)
 
 
 def _lowest(dtype: jnp.dtype) -> Array:

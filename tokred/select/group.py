@@ -36,9 +36,11 @@ def pool_cells(
     return merge_into(target, prefix + cells[0] * cells[1], index, valid)
 
 
-def merge_into(target: Array, k: int, index: Array, valid: Array | None) -> Assign:
+def merge_into(
+    target: Array, k: int, index: Array, valid: Array | None, joining: Array | None = None
+) -> Assign:
     """An Assign whose invalid members go to nobody; a group is valid if any member is."""
     if valid is None:
-        return Assign(target, k, index=index)
+        return Assign(target, k, index=index, joining=joining)
     map_ = Assign(jnp.where(valid, target, k), k, index=index)
     return dataclasses.replace(map_, valid=map_.apply(valid, "max"))

@@ -84,7 +84,8 @@ def _join(pairs: Sequence[tuple[Array, Array]], stay: Array, n: int, valid: Arra
     where = segment_sum(slots - k, stay, n, axis=axis) + k
     for source, into in reversed(pairs):
         where = put(where, source, gather(where, into, axis=axis), axis=axis)
-    return merge_into(where, k, stay, valid)
+    joining = jnp.concatenate([source for source, _ in pairs], -1) if pairs else None
+    return merge_into(where, k, stay, valid, joining)
 
 
 def alternate(n: int, prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +217,8 @@ def merge_to_nearest(
     check_range("merge_to_nearest", "k", k, prefix + 1, n)
     best, partner = nearest_kept(x, k, prefix=prefix, valid=valid)
     index = static_rows(range(k), x.shape[:-2])
-    map_ = merge_into(jnp.concatenate([index, partner], -1), k, index, valid)
+    target, tail = jnp.concatenate([index, partner], -1), static_rows(range(k, n), x.shape[:-2])
+    map_ = merge_into(target, k, index, valid, tail)
     return map_, jnp.concatenate([jnp.ones(index.shape, best.dtype), best], -1)
 
 
