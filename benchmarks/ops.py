@@ -4,7 +4,8 @@ python -m benchmarks.ops --batch 8 --tokens 197 --width 384 [--json]
 
 Half of the tokens are kept or merged. 'of a block' is the time as a share of one transformer block
 of that width, forward only; rows of attention probabilities are those of the first token beside
-fused attention, 'rows alone' without it.
+fused attention, 'rows alone' without it. 'in place': in their old order. An update is that of as
+many parameters as a block has.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from tokred import ViT, ViTConfig, viz
 from tokred.cli.parser import Parser, positive
 from tokred.cost import time_rounds
 from tokred.cost.bench import device_name
+from tokred.maps import Keep
 from tokred.ops import attention, attention_rows, gather, put, segment_sum, top_k
-from tokred.select import match_bipartite
-from tokred.tokens import make_tokens
+from tokred.select import keep_top_k, match_bipartite
+from tokred.tokens import make_tokens, move
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -79,7 +81,92 @@ def candidates(batch: int, tokens: int, width: int) -> Calls:
         calls[f"merge to half: {name}"] = _compiled(f, x, target)
     match = lambda y: match_bipartite(y, tokens // 4, prefix=1).source  # noqa: E731
     calls["bipartite match"] = _compiled(match, x[..., :64])
-    return calls | _attention(x)
+    calls |= {
+        "half in place: two sorts": _compiled(partial(_sorted, k=k), scores),
+        "half in place: threshold": _compiled(partial(_above_kth, k=k), scores),
+        "gather's gradient: scatter-add": _compiled(_gradient, x, index),
+        "gather's gradient: put": _compiled(_put_gradient, x, index),
+        "gather's gradient: gather": _compiled(_gathered_gradient, x, index),
+    }
+    return calls | _states(x, index) | _eighth(x) | _updates(width) | _attention(x)
+
+
+def _sorted(scores: Array, k: int) -> Array:
+    return keep_top_k(scores, k, order="position").index
+
+
+def _above_kth(scores: Array, k: int) -> Array:
+    """The same without ties: what reaches the k-th score, in slots that are counted."""
+    above = scores >= top_k(scores, k)[0][:, -1:]
+    own = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
+    slots = jnp.where(above, jnp.cumsum(above, axis=-1) - 1, k + own)
+    return put(jnp.zeros((len(scores), k), jnp.int32), slots, own, axis=1)
+
+
+def _gradient(x: Array, index: Array) -> Array:
+    rows, back = jax.vjp(lambda x: gather(x, index, axis=1), x)
+    return back(rows)[0]
+
+
+def _put_gradient(x: Array, index: Array) -> Array:
+    """The same for indices that are distinct."""
+    return put(jnp.zeros_like(x), index, gather(x, index, axis=1), axis=1)
+
+
+def _gathered_gradient(x: Array, index: Array) -> Array:
+    """The same by the inverse of the choice."""
+    return Keep(index, x.shape[1]).restore(gather(x, index, axis=1))
+
+
+def _states(x: Array, index: Array) -> Calls:
+    """All fields of tokens through one map: each by itself, or floats side by side."""
+    batch, n, width = x.shape
+    own = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32), (batch, n))
+    tokens = make_tokens(x, position=own[..., None], size=own, bias=own, extra={"score": own})
+
+    def apart(tokens: Any, index: Array) -> Any:
+        return move(tokens, Keep(index, n))
+
+    def together(tokens: Any, index: Array) -> Any:
+        fields = (tokens.position, tokens.size, tokens.bias, tokens.extra["score"])
+        more = [field.reshape(batch, n, 1) for field in fields]
+        rows = gather(jnp.concatenate([tokens.x, *more], axis=-1), index, axis=1)
+        return jnp.split(rows, [width, width + 1, width + 2, width + 3], axis=-1)
+
+    return {
+        "state of half: field by field": _compiled(apart, tokens, index),
+        "state of half: in one array": _compiled(together, tokens, index),
+    }
+
+
+def _eighth(x: Array) -> Calls:
+    """A block on an eighth of the tokens, as in Mixture-of-Depths."""
+    run, k = _block(x.shape[2]), max(1, x.shape[1] // 8)
+    index = jnp.broadcast_to(jnp.arange(k) * 8 % x.shape[1], (len(x), k))
+
+    def routed(x: Array, index: Array) -> Array:
+        return put(x, index, run(gather(x, index, axis=1)), axis=1)
+
+    return {
+        "block on an eighth: alone": _compiled(run, x[:, :k]),
+        "block on an eighth: gather, run, put": _compiled(routed, x, index),
+    }
+
+
+def _updates(width: int) -> Calls:
+    """An update in place, and one beside what it updates."""
+
+    def repeated(donated: tuple[int, ...]) -> Callable[[], Any]:
+        step = jax.jit(lambda x: 0.999 * x + 1e-3, donate_argnums=donated)
+        held = [jnp.zeros((12, width, width))]
+
+        def call() -> Array:
+            held[0] = step(held[0])
+            return held[0]
+
+        return call
+
+    return {"update: donated": repeated((0,)), "update: kept": repeated(())}
 
 
 def _block(width: int) -> Callable[[Array], Array]:
@@ -106,7 +193,7 @@ def _attention(x: Array) -> Calls:
     }
 
 
-def _compiled(f: Callable[..., Any], *arrays: Array) -> Callable[[], Any]:
+def _compiled(f: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
     program = jax.jit(f)
     return lambda: program(*arrays)
 
