@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FEWER = {"STEPS": 12, "MORE": 6, "ROUNDS": 1, "LIMIT": 4}
+FEWER = {"STEPS": 12, "MORE": 6, "ROUNDS": 1}
 LONGEST = 600  # seconds a cell
 everyone = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

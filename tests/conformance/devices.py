@@ -29,6 +29,7 @@ COLLECTIVES = re.compile(
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
     """(replicated, split by example)."""
+    assert jax.device_count() > 1, "needs several devices, such as virtual ones of a CPU"
     mesh = Mesh(np.array(jax.devices()), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 

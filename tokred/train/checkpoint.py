@@ -8,7 +8,9 @@ Arrays are global: a checkpoint does not know how many devices or processes wrot
 global batches, so any number of processes that divides the batch goes on with the next one.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,18 @@ FIELDS = {
 }
 
 
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Orbax warns that what is opened to be read will only be read."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
+
+
 class NotWrittenError(OSError):
     """What training had to write could not be written."""
 
@@ -64,20 +78,18 @@ class Checkpoints:
         self.path = Path(workdir).absolute() / "checkpoints"
         if not create:
             _require(Path(workdir), self.path)
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_policy(latest, periodic, best),
-                create=create,
-                read_only=not create,
-            ),
-            handler_registry=ocp.handlers.create_default_handler_registry(
-                model=ocp.StandardCheckpointHandler(),
-                train=ocp.StandardCheckpointHandler(),
-                data=ocp.JsonCheckpointHandler(),
-                about=ocp.JsonCheckpointHandler(),
-            ),
+        handlers = ocp.handlers.create_default_handler_registry(
+            model=ocp.StandardCheckpointHandler(),
+            train=ocp.StandardCheckpointHandler(),
+            data=ocp.JsonCheckpointHandler(),
+            about=ocp.JsonCheckpointHandler(),
         )
+        policy = _policy(latest, periodic, best)
+        with contextlib.nullcontext() if create else _unwarned():
+            how = ocp.CheckpointManagerOptions(
+                preservation_policy=policy, create=create, read_only=not create
+            )
+            self._manager = ocp.CheckpointManager(self.path, options=how, handler_registry=handlers)
         if not create:
             self.require_step()
 
