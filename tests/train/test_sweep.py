@@ -1,5 +1,6 @@
 """Sweeps: the list of jobs, what is skipped, gone on with and told, and the table of all runs."""
 
+import contextlib
 import json
 
 import pyarrow.csv
@@ -8,6 +9,7 @@ import pytest
 
 from tokred.__main__ import main as command
 from tokred.train import sweep as module
+from tokred.train.finished import claim
 from tokred.train.sweep import Sweep, Trial, finished, list_jobs, load_sweep, main, run
 from tokred.train.tidy import tidy
 
@@ -130,6 +132,19 @@ def test_one_job_at_a_time(tmp_path, trained, capsys):
     assert "diffrate/0.5/seed_0 is not finished" in err and "diffrate" not in out
     with pytest.raises(ValueError, match="no job 'dense/seed_7'"):
         main([DIGITS, f"--workdir={tmp_path}", "--job=dense/seed_7"])
+    with pytest.raises(ValueError, match=r"goes on from .*dense/seed_1, which is not finished"):
+        main([DIGITS, f"--workdir={tmp_path}", "--job=diffrate/0.5/seed_1"])
+
+
+def test_one_job_waits_for_the_process_that_runs_it(tmp_path, trained, monkeypatch):
+    arguments = [DIGITS, f"--workdir={tmp_path}", "--job=dense/seed_0"]
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(claim(tmp_path / "dense" / "seed_0"))
+        monkeypatch.setattr("tokred.train.finished.time.sleep", lambda _: other.close())
+        main(arguments)
+    assert len(trained) == 1
+    main(arguments)
+    assert len(trained) == 1
 
 
 def test_runs_of_no_job_are_told(tmp_path, trained, capsys):

@@ -198,10 +198,17 @@ def _smaller(depths: Sequence[int], ratios: Sequence[float]) -> list[tuple[int, 
 
 
 def run_named(name: str, jobs: Mapping[str, Job]) -> None:
-    """Runs one job. Raises ValueError where there is none of this name."""
+    """Runs one job, or waits for the process that does. Raises ValueError where there is none of
+    this name, or it goes on from one that is not finished."""
     if name not in jobs:
         raise ValueError(f"sweep has no job {name!r}; --jobs lists all {len(jobs)}.")
-    for row in run(jobs[name]):
+    if not jobs[name].ready:
+        raise ValueError(
+            f"sweep: job {name!r} goes on from {jobs[name].after}, which is not finished; run its "
+            "job first."
+        )
+    ((_, rows),) = shared([jobs[name]], run)
+    for row in rows:
         print(json.dumps(row))
 
 
