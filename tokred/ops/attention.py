@@ -63,13 +63,14 @@ def attention(
     Gradient: to q, k, v, bias, pair_bias and policy.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    asked = Asked(q, k, v, scale, key_bias(bias, valid), pair_bias, mask, causal, segments)
+    asked = Asked(q, k, v, scale, None, pair_bias, mask, causal, segments)
     if policy is not None or cap is not None or sink:
         how: dict[str, Any] = {"policy": policy, "policy_eps": policy_eps, "scale": scale}
         how |= {"cap": cap, "pair_bias": pair_bias, "sink": sink}
         note("attention", "reference", _plainly(implementation))
         probs = attention_probs(q, k, bias=bias, valid=valid, mask=mask_of(asked), **how)
         return weighted_values(probs, v)
+    asked = asked._replace(bias=key_bias(bias, valid))
     return _kernel(implementation, asked)(asked)
 
 
