@@ -171,7 +171,7 @@ def make_stages(
         options.pop("keep", None)
         counted = {"whole": beside, "tokens": config.data.get("length")}
         _, options["keep"] = solve_keep(model, train.method, train.macs, **counted, **options)
-    make = lambda method, options: training_plan(method, model.layout, dict(options), beside)  # noqa: E731
+    make = lambda method, how: training_plan(method, model.layout, dict(how), beside)  # noqa: E731
     plan = make(train.method, options)
     shared = {**objective_fields(config), "aux_weight": loss.aux_weight}
     make_objective = find_family(config.task).objective
