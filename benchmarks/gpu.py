@@ -5,7 +5,7 @@ python -m benchmarks.gpu --out=benchmarks/results/gpu [--only='vit_*'] [--minute
 ViTs in bfloat16 at 65 % of their MACs, a decoder of a billion parameters read, trained and decoding
 behind 4096 and 32 768 tokens; every run is a `python -m tokred bench`, whose JSON it keeps as
 OUT/NAME.json. A run whose file is there is not repeated. Where no GPU is in reach the same runs are
-tried at small size, nothing is kept, and the table of GPUs is said to be missing.
+tried at small size, each once, nothing is kept, and the table of GPUs is said to be missing.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     platform = find_platform()
     if platform != "gpu":
-        chosen = {name: small(name, how) for name, how in chosen.items()}
+        tried = {small(name, how): name for name, how in reversed(chosen.items())}
+        chosen = {name: how for how, name in reversed(tried.items())}
     failed = run_all(chosen, args, platform == "gpu")
     if platform != "gpu":
         print(MISSING.format(platform=platform))
@@ -74,8 +75,9 @@ def find_platform() -> str:
 
 
 def small(name: str, how: Sequence[str]) -> tuple[str, ...]:
-    """The same run at a size that any machine takes; later arguments win."""
-    return (*how, *SMALL[name.split("_")[0]])
+    """The same run at a size that any machine takes."""
+    flags = dict(flag.split("=", 1) for flag in (*how, *SMALL[name.split("_")[0]]) if "=" in flag)
+    return (*(f"{k}={v}" for k, v in flags.items()), *(flag for flag in how if "=" not in flag))
 
 
 def run_all(chosen: Mapping[str, Sequence[str]], args: argparse.Namespace, keep: bool) -> list[str]:
