@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 from tokred.ops.gather import aligned
@@ -36,10 +37,11 @@ class RopeScaling:
 def rotary_rates(
     width: int, theta: float, scaling: RopeScaling | None = None
 ) -> Float[Array, " half"]:
-    """Radians per position of each pair of channels: theta^(-2i / width), perhaps scaled."""
-    half = width // 2
-    rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return rates if scaling is None else scaling(rates)
+    """Radians per position of each pair of channels: theta^(-2i / width), perhaps scaled; rounded
+    as torch does, since positions multiply the last bit."""
+    power = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    rates = 1 / (float(theta) ** power.astype(np.float64)).astype(np.float32)
+    return jnp.asarray(rates) if scaling is None else scaling(jnp.asarray(rates))
 
 
 def rotate(

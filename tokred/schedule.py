@@ -95,11 +95,11 @@ def warm_keep_rate(
     base: float,
     top: float = 1.0,
 ) -> float:
-    """EViT's keep rate in training: `top` for `warm` epochs, half a cosine to `base` until epoch
-    `total`, then `base`. Source: youweiliang/evit `adjust_keep_rate`.
+    """EViT's keep rate in training: 1 for `warm` epochs, half a cosine from `top` to `base` until
+    epoch `total`, then `base`. Source: youweiliang/evit `adjust_keep_rate`.
     """
     if epoch < warm:
-        return top
+        return 1.0
     if epoch >= total:
         return base
     span = per_epoch * (total - warm)

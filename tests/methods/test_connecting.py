@@ -15,6 +15,7 @@ from tokred import cost
 from tokred.cost.bench import forward
 from tokred.methods.c_abstractor import c_abstractor
 from tokred.methods.connecting import cells_for, region_map, window_for
+from tokred.methods.connectors import quecc
 from tokred.methods.ldp import ldp
 from tokred.methods.m3 import m3
 from tokred.methods.pixel_shuffle import pixel_shuffle
@@ -167,3 +168,14 @@ def test_what_is_shared_returns_in_the_same_shares():
     np.testing.assert_array_equal((dense[0, 1:7, 1:] > 0), matrix > 0)
     y = jax.random.normal(jax.random.key(3), (BATCH, 9, 4))
     close(map_.restore(y), np.swapaxes(dense, 1, 2) @ np.asarray(y), atol=1e-5)
+
+
+def test_a_convolution_may_overlap():
+    layout = layout_of((6, 6))
+    ((_, plain),) = quecc(layout, window=3).steps[-1:]
+    ((_, wider),) = quecc(layout, window=3, conv=(4, 2)).steps[-1:]
+    n = layout.prefix + 36
+    assert wider.counts(n, layout.prefix) == plain.counts(n, layout.prefix) == layout.prefix + 4
+    assert wider.macs(n, layout) - plain.macs(n, layout) == 4 * (4**2 - 3**2) * layout.width
+    with pytest.raises(ValueError, match=r"conv=\(4, 1\) gives \(3, 3\) queries"):
+        quecc(layout, window=3, conv=(4, 1))

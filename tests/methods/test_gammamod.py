@@ -80,6 +80,7 @@ def test_protected_tokens_enter_and_others_by_chance():
 
 def test_released_count():
     assert GammaMoD(0.5, 1059).counts(1071, 0) == 542  # ceil(1071 - 529.5)
+    assert GammaMoD(0.5, 1059).counts(1059, 0) == 1059  # no question, no choice
 
 
 def test_released_inference_goes_on_where_each_layer_stands():

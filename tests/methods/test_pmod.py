@@ -64,8 +64,6 @@ def test_decoding(prefill):
 
 def test_a_ratio_of_one_is_dense():
     around.check_dense("pmod")
-    tokens = make_tokens(jnp.ones((1, 4, 2)))
-    assert PMoD(1.0)(tokens, {})[0] is tokens
 
 
 def test_counts_and_who_enters():

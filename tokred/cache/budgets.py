@@ -17,14 +17,14 @@ def pyramid_budgets(
     The deepest keeps 1 / beta of the mean, the first what is left to give. Where no such line lies
     within [window, length], all get the same. Rounding: half to even. Source: NVIDIA/kvpress.
     """
-    mean = length * keep
+    mean = (window + length * keep) - window  # a rounding of the official order
     low = mean / beta
     high = 2 * mean - low
     if high >= length - window:
         high = length - window
         low = 2 * mean - high
     if not length >= high >= low >= window or layers < 2:
-        return (round(mean),) * layers
+        return (round(length * keep),) * layers
     step = (high - low) / (layers - 1)
     return tuple(round(high - layer * step) for layer in range(layers))
 

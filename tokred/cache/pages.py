@@ -8,8 +8,8 @@ from tokred.select import keep_top_k
 
 
 def pages_of(budget: int, page: int, entries: int) -> int:
-    """How many pages a query reads: budget // page, at least 3, and no more than there are."""
-    return min(max(3, budget // page), -(-entries // page))
+    """How many pages a query reads: those that the budget fills, at least 3 if there are."""
+    return min(max(3, min(budget, entries) // page), -(-entries // page))
 
 
 def page_bounds(

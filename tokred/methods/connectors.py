@@ -132,12 +132,14 @@ def quecc(
     heads: int = 8,
     text_width: int | None = None,
     conditioned: bool = True,
+    conv: tuple[int, int] | None = None,
 ) -> Plan:
     """Cells of the grid, pooled by a convolution and told the question, look at their windows.
 
     The question is one vector, given as 'text': officially the last hidden state that the language
     model itself reads of it, without a gradient. text_width: its channels, default the model's
-    width. conditioned=False: nothing is told, for comparison. Other options as in tokenpacker.
+    width. conditioned=False: nothing is told, for comparison. conv: kernel and stride of the
+    convolution, default the window. Other options as in tokenpacker.
     locuslab/llava-token-compression.
     """
     levels = levels_of(layout, LEVELS) if levels is None else levels
@@ -145,7 +147,7 @@ def quecc(
         layout.width, heads, queries="conv", region="window",
         window=window or window_of("quecc", layout, keep), source=f"{MLP} norm", key=f"{MLP} norm",
         value=f"{MLP} norm", text="linear norm" if conditioned else None,
-        text_width=text_width or layout.width,
+        text_width=text_width or layout.width, conv=conv,
     )  # fmt: skip
     return connector("quecc", layout, shape, levels)
 

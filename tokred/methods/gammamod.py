@@ -32,15 +32,16 @@ class GammaMoD(Reduction):
     """With p a token's probability of entering, by a router on the normalised input: those that
     enter become u + p MLP(u), u = x + Attention among them; the others stay x.
 
-    packed and soft, which agree exactly: of n tokens the n - floor((1 - keep) min(routable, n))
+    packed and soft, which agree exactly: of n tokens the n - floor((1 - keep) routable)
     with the highest p enter, those of extra['protected'] (bool [*B N]) before all others; a
     cross-entropy of weight `aux_weight` teaches the router who did. With prefill, for inference,
     those with p > threshold enter instead, in slots for that share of the tokens. causal: p >= 0.5.
 
     routable: how many tokens the share to drop is taken of; None for all (released: the 1024
-    image tokens and 35 others). protect: False reads no extra. protected: how many such tokens a
-    row holds at most, where that is known: then more than fit is an error at once. aux 'overflow'
-    counts per row the protected, or with prefill the willing, tokens that found no slot.
+    image tokens and 35 others, and of a sequence no longer than that all enter). protect: False
+    reads no extra. protected: how many such tokens a row holds at most, where that is known: then
+    more than fit is an error at once. aux 'overflow' counts per row the protected, or with prefill
+    the willing, tokens that found no slot.
     positions: 'renumber' 0, 1, ... among those that ever entered the layer, as released, or 'keep'.
     shared: one router for all layers. cache: slots of the layer's cache as a share of a dense
     layer's. Gradient: to the router through p, and from the loss; none through the choice.
@@ -79,8 +80,9 @@ class GammaMoD(Reduction):
         return k
 
     def _entering(self, n: int) -> int:
-        routable = n if self.routable is None else min(self.routable, n)
-        return n - routing.share_of(routable, 1 - self.keep)
+        if self.routable is None:
+            return n - routing.share_of(n, 1 - self.keep)
+        return n if n <= self.routable else n - routing.share_of(self.routable, 1 - self.keep)
 
     def cached(self, length: int) -> int:
         return routing.room_of(length, self.cache)

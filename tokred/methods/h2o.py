@@ -17,14 +17,7 @@ from tokred.plan import Layout, Plan, Site
 
 @dataclass(frozen=True)
 class H2O(Eviction):
-    """The entries with the greatest sum of attention since they came, and the `recent` ones.
-
-    frozen: as the official simulation by masks has it, what leaves the window of recent entries
-    leaves the cache, so that heavy hitters are the prompt's alone. Its `recent` counts the token to
-    come: give one less, and a budget one less.
-    """
-
-    frozen: bool = False
+    """The entries with the greatest sum of attention since they came, and the `recent` ones."""
 
     def settle(self, cache: Any) -> Any:
         return super().settle(replace(cache, score=_so_far(cache)))
@@ -34,10 +27,7 @@ class H2O(Eviction):
         return replace(cache, score=_so_far(cache) + more)
 
     def score(self, cache: Any, look: Look) -> Array:
-        if not self.frozen:
-            return cache.score
-        window = look.newest[:, None, None] - self.latest(cache.capacity - 1)
-        return jnp.where(cache.position >= window, -jnp.inf, cache.score)
+        return cache.score
 
 
 @dataclass(frozen=True)
@@ -73,14 +63,13 @@ def h2o(
     recent: int | float = 0.5,
     spare: int | None = 1,
     positions: str = "keep",
-    frozen: bool = False,
 ) -> Plan:
     """Cache entries with the most attention so far stay, and the latest ones.
 
     keep: share of a prompt's entries; budget: their number instead. recent: how many of them are
-    the latest, or which share. spare, positions: see `Eviction`; frozen: `H2O`.
+    the latest, or which share. spare, positions: see `Eviction`.
     """
-    how = H2O(budget or keep, spare, recent=recent, positions=positions, frozen=frozen)
+    how = H2O(budget or keep, spare, recent=recent, positions=positions)
     return Plan(((Site("cache"), how),), name="h2o")
 
 

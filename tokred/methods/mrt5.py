@@ -34,7 +34,8 @@ class MrT5(Reduction):
     soft (training): nothing leaves; G is added to the attention logits of a token as key, here, in
     all later layers and in cross-attention. Saves nothing.
     packed: those above the threshold move to the front of prefix + capacity (N - prefix) slots; of
-    more than fit the lowest logits go, and aux 'overflow' counts them. One token at least stays.
+    more than fit the lowest logits go, and aux 'overflow' counts them. If all would go, the first
+    stays.
     The twins differ: packed drops the G of what it keeps, as the official code does. corrected:
     packed keeps it, and soft hides what packed deletes, so that they agree exactly.
     positions: after deletion 'keep' (the true distances, official) or 'renumber' without gaps.
@@ -146,11 +147,11 @@ class MrT5(Reduction):
         return jnp.where(free & (reached(rank) > reached(rank - 1)), 1.0, -1.0)
 
     def _decide(self, tokens: Tokens, logits: Array, gate: Array) -> Bool[Array, "*B N"]:
-        """Which tokens stay: the prefix, those above the threshold, and one in any case."""
+        """Which tokens stay: the prefix, and those above the threshold, or else the first."""
         threshold = self.scale / 2 if self.threshold is None else self.threshold
         prefix = _prefix(tokens)
         free = ~prefix if tokens.valid is None else tokens.valid & ~prefix
-        kept = routing.at_least_one(gate > threshold, logits, free)
+        kept = routing.at_least_one(gate > threshold, jnp.zeros_like(logits), free)
         return kept | (prefix if tokens.valid is None else prefix & tokens.valid)
 
     def _regularise(

@@ -112,8 +112,6 @@ class PMoD(Reduction):
         train: bool = False,
         twin: str = "packed",
     ) -> tuple[Tokens, Any, Any, dict[str, Any]]:
-        if self.ratio == 1:
-            return tokens, None, state, {}
         vision = routing.extra_or("pmod", tokens, "vision", False, twin=twin).astype(bool)
         vision = vision if tokens.valid is None else vision & tokens.valid
         logits = require_module(self, module)(tokens.x)

@@ -86,8 +86,6 @@ class RouterTuning(Reduction):
         train: bool = False,
         twin: str = "packed",
     ) -> tuple[Tokens, Any, Any, dict[str, Any]]:
-        if self.target == 1:
-            return tokens, None, state, {}
         scores = require_module(self, module)(self._read(tokens, evidence[NORMED.name], twin))
         step = StraightThrough(self.threshold, inclusive=True).update(scores)[0]
         share = routing.mean_over(step, tokens.valid)
@@ -139,11 +137,13 @@ def router_tuning(
 ) -> Plan:
     """A linear threshold lets tokens, or whole sequences, skip attention; only routers are trained.
 
-    keep: target share of tokens that enter. layers: where, default 1, 3, 5, ... site:
-    'around_attention', 'around_mlp' or 'around' the whole layer. Other options: see `RouterTuning`.
+    keep: target share of tokens that enter; 1 routes nothing. layers: where, default 1, 3, 5, ...
+    site: 'around_attention', 'around_mlp' or 'around' the whole layer. Other options: see
+    `RouterTuning`.
     """
     if site not in SITES:
         raise ValueError(f"router_tuning: site={site!r} must be one of {SITES}; change site.")
     reduction = RouterTuning(keep, per, scale, threshold, room)
     chosen = routing.layers_or(layers, routing.alternate_layers(layout))
-    return Plan(tuple((Site(site, i), reduction) for i in chosen), name="router_tuning")
+    steps = tuple((Site(site, i), reduction) for i in chosen if keep < 1)
+    return Plan(steps, name="router_tuning")

@@ -177,11 +177,12 @@ def membership_loss(
 def at_least_one(
     chosen: Bool[Array, "*B N"], scores: Float[Array, "*B N"], valid: Bool[Array, "*B N"] | None
 ) -> Bool[Array, "*B N"]:
-    """The chosen tokens, and in any case the valid one with the highest score; none where no token
-    is valid."""
+    """The chosen tokens, or where there are none the valid one with the highest score, of equal
+    ones the first; none where no token is valid."""
     alive = jnp.ones_like(chosen) if valid is None else valid
-    best = jnp.where(alive, scores, -jnp.inf).argmax(-1)
-    return (chosen | jax.nn.one_hot(best, chosen.shape[-1], dtype=bool)) & alive
+    best = jax.nn.one_hot(jnp.where(alive, scores, -jnp.inf).argmax(-1), chosen.shape[-1])
+    chosen &= alive
+    return chosen | (alive & (best > 0) & ~chosen.any(-1, keepdims=True))
 
 
 def describe(chosen: Bool[Array, "*B N"], valid: Any) -> dict[str, Array]:

@@ -54,7 +54,7 @@ class Resampler(nnx.Module):
         self.position = (
             None if s.positions == "none" else nnx.Variable(sincos_2d(s.width, (side, side)))
         )
-        self.pool = _depthwise(self.source.out, s.window, rngs) if s.queries == "conv" else None
+        self.pool = _depthwise(self.source.out, s, rngs) if s.queries == "conv" else None
         self.blocks = nnx.List(_make_blocks(s, self.query.out, self.key.out, rngs))
         self.out = chain(s.out, self.query.out, s.out_width or self.query.out)
         if s.start == "local":
@@ -134,7 +134,7 @@ class Resampler(nnx.Module):
 
     def _pooled(self, x: Array, grid: tuple[int, int]) -> Array:
         s = self.shape
-        check_window(grid, s.window)
+        s.queries_of(grid)  # raises where windows do not fit
         h, w = grid[0] // s.window, grid[1] // s.window
         if s.queries == "average":
             return self._region(x, grid).mean(-2)
@@ -221,12 +221,13 @@ def _like(table: Array, x: Array) -> Array:
     return jnp.broadcast_to(table.astype(x.dtype), (*x.shape[:-2], *table.shape))
 
 
-def _depthwise(width: int, window: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _depthwise(width: int, shape: ResamplerShape, rngs: nnx.Rngs) -> nnx.Conv:
+    kernel, stride = shape.conv or (shape.window, shape.window)
     return nnx.Conv(
         width,
         width,
-        (window, window),
-        strides=window,
+        (kernel, kernel),
+        strides=stride,
         padding="VALID",
         feature_group_count=width,
         promote_dtype=as_input,

@@ -23,7 +23,8 @@ class ResamplerShape:
 
     queries: 'learned' a table of `count` · 'average', 'bilinear' or 'conv' the grid pooled by
     `window` (bilinear as torch does without antialias; conv is depthwise) · 'given' by the caller
-    (a global view, a memory). count: K of learned ones.
+    (a global view, a memory). count: K of learned ones. conv: kernel and stride of 'conv', default
+    the window; they must give a query for every window.
     region, what a query looks at: 'global' all tokens · 'window' its own window x window cells
     · 'given' keys [*B K P C] by the caller (crop groups) · 'matrix' `bins` bins of its own cell of
     a sqrt(K) x sqrt(K) partition, averaged with weights that only the grid decides (RoI).
@@ -50,6 +51,7 @@ class ResamplerShape:
     queries: str = "learned"
     region: str = "global"
     window: int = 1
+    conv: tuple[int, int] | None = None
     bins: tuple[int, int] = (2, 2)
     positions: str = "none"
     source: str = ""
@@ -115,6 +117,13 @@ class ResamplerShape:
         if not self.pooled:
             return self.count
         check_window(grid, self.window)
+        kernel, stride = self.conv or (self.window, self.window)
+        cells = tuple((n - kernel) // stride + 1 for n in grid)
+        if self.queries == "conv" and cells != (grid[0] // self.window, grid[1] // self.window):
+            raise ValueError(
+                f"Resampler: conv={self.conv} gives {cells} queries on the grid {grid}, not one "
+                f"for every window={self.window}; change one of the two."
+            )
         return grid[0] * grid[1] // self.window**2
 
     def macs(self, width: int, grid: tuple[int, int], queries: int, keys: int) -> int:
@@ -138,7 +147,9 @@ class ResamplerShape:
         )
         if self.pooled:
             chains += tokens * chain_macs(self.source, width, start)
-            chains += {"conv": tokens, "bilinear": tokens * queries}.get(self.queries, 0) * start
+            kernel = self.conv[0] if self.conv else self.window
+            pooled = {"conv": queries * kernel**2, "bilinear": tokens * queries}
+            chains += pooled.get(self.queries, 0) * start
         chains += queries * chain_macs(self.query, start, asked)
         chains += queries * chain_macs(self.out, asked, self.out_width or asked)
         return chains + self._blocks_macs(one, asked, queries)

@@ -59,8 +59,8 @@ def density_peaks(
 
     Density is exp(-mean squared distance to the `neighbours` nearest tokens, itself included); the
     densest token is as far from a denser one as any two tokens are. In log space, so that far
-    outliers do not underflow to ties. draws: uniform noise of 1e-6 on the density against ties, as
-    in the official code; without it the earlier one of two counts as denser.
+    outliers do not underflow to ties, of which the earlier one counts as denser. draws: as in the
+    official code, uniform noise of 1e-6 on the density against ties instead, and no logs.
     """
     n = distance.shape[-1]
     check_range("density_peaks", "k", k, 1, n)
@@ -71,14 +71,16 @@ def density_peaks(
     near = -top_k(jnp.where(pair, -distance, -jnp.inf), min(neighbours, n))[0]
     there = jnp.isfinite(near)
     density = -jnp.where(there, jnp.square(near), 0.0).sum(-1) / jnp.maximum(there.sum(-1), 1)
-    if draws is not None:
-        density = jnp.log(jnp.exp(density) + NOISE * draws)
+    density = density if draws is None else jnp.exp(density) + NOISE * draws
     mine, other = density[..., :, None], density[..., None, :]
-    earlier = jnp.tri(n, k=-1, dtype=bool)[*(None,) * (density.ndim - 1)]
-    denser = (other > mine) | ((other == mine) & earlier)
+    denser = other > mine
+    if draws is None:
+        earlier = jnp.tri(n, k=-1, dtype=bool)[*(None,) * (density.ndim - 1)]
+        denser |= (other == mine) & earlier
     widest = jnp.where(pair, distance, 0.0).max((-2, -1), keepdims=True)
     gap = jnp.where(denser & pair, distance, widest).min(-1)
-    return top_k(mask_scores(density + jnp.log(gap), valid), k)[1]
+    score = density + jnp.log(gap) if draws is None else density * gap
+    return top_k(mask_scores(score, valid), k)[1]
 
 
 def cluster_medoids(
