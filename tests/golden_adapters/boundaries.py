@@ -128,11 +128,12 @@ def hnet_ste(case: Case) -> dict[str, Any]:
     return {"y": one_through(x), "grad": jax.grad(lambda x: one_through(x).sum())(x)}
 
 
-def start_ids(ends: jax.Array) -> jax.Array:
-    """Where patches begin, the byte after the last included; as wide as the row with most."""
+def start_ids(ends: jax.Array, counted: bool = False) -> jax.Array:
+    """Where patches begin, the byte after the last included; as wide as the row with most. counted:
+    by a rule that does not officially leave room for all where there are but two."""
     starts = jnp.pad(ends, ((0, 0), (1, 0)), constant_values=True)
     most = int(starts.sum(-1).max())
-    return boundary.start_slots(starts, most if most > 2 else starts.shape[1])
+    return boundary.start_slots(starts, most if counted or most > 2 else starts.shape[1])
 
 
 def lengths(ids: jax.Array, n: int) -> jax.Array:
@@ -146,11 +147,12 @@ def blt(case: Case) -> dict[str, Any]:
     entropy = entropies(logits)
     previous = boundary.previous_slots(shape)
     place = boundary.places(previous < 0)
+    threshold = s["threshold"] * (1 + 2e-6)  # it is one of the entropies, and not above itself
     by_entropy = {
-        "global": {"rule": "global", "threshold": s["threshold"]},
+        "global": {"rule": "global", "threshold": threshold},
         "monotonic": {"rule": "monotonic", "threshold": s["mono_threshold"]},
         "global_and_mono": {
-            "rule": "both", "threshold": s["threshold"], "threshold_add": s["threshold_add"]
+            "rule": "both", "threshold": threshold, "threshold_add": s["threshold_add"]
         },
     }  # fmt: skip
     ends = {
@@ -159,10 +161,10 @@ def blt(case: Case) -> dict[str, Any]:
     ends["topk"] = ends_by_rank(entropy, place, s["patch_size"])
     outputs = {
         "entropy": entropy,
-        "space_start_ids": start_ids(ends_by_space(byte, previous, place)),
+        "space_start_ids": start_ids(ends_by_space(byte, previous, place), counted=True),
     }
     for rule, mask in ends.items():
-        ids = start_ids(mask)
+        ids = start_ids(mask, counted=rule == "topk")
         outputs |= {f"start_ids_{rule}": ids, f"lengths_{rule}": lengths(ids, n)}
     return outputs
 

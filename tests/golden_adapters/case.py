@@ -32,8 +32,13 @@ class Case:
         part = lambda prefix: {  # noqa: E731
             name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)
         }
-        settings = {name: a.tolist() for name, a in part("cfg_").items()}
+        settings = {name: _doubles(a).tolist() for name, a in part("cfg_").items()}
         return cls(settings, part("in_"), part("param_"), part("out_"))
+
+
+def _doubles(a: np.ndarray) -> np.ndarray:
+    """Numbers as the official code had them: 0.7, not the float32 next to it that was stored."""
+    return a.astype(str).astype(float) if a.dtype == np.float32 else a
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ def encoder_of(case: Case) -> tuple[EncoderDecoderConfig, Stack]:
 def mrt5_encoder(case: Case) -> dict[str, Any]:
     site = Site("before", case.settings["gate_layer"])
     how = {"scale": case.settings["scale"], "threshold": case.settings["threshold"]}
+    # Before the first layer the official code counts distances after deletion.
+    places = "renumber" if site.layer == 0 else "keep"
 
     def run(reduction: MrT5, twin: str) -> Any:
         def encode(inputs: Any, params: Any) -> Any:
@@ -122,7 +124,7 @@ def mrt5_encoder(case: Case) -> dict[str, Any]:
     soft, record, before = run(MrT5(**how), "soft")
     kept = np.asarray(record.aux["entered"])
     most = int(kept.sum(-1).max())
-    hard, packed, _ = run(MrT5(capacity=most / kept.shape[1], **how), "packed")
+    hard, packed, _ = run(MrT5(capacity=most / kept.shape[1], positions=places, **how), "packed")
     empty = ~np.asarray(packed.map.valid)[..., None]
     mask = jnp.asarray(case.inputs["attention_mask"])
     moved = gather(mask, packed.map.index, axis=1)

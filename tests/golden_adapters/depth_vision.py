@@ -54,12 +54,12 @@ def llama_block(case: Case, prefix: str = "") -> DecoderBlock:
 
 
 def run_around(
-    reduction: Reduction, module: Any, block: DecoderBlock, tokens: Tokens
+    reduction: Reduction, module: Any, block: DecoderBlock, tokens: Tokens, twin: str = "packed"
 ) -> tuple[Any, Mapping[str, Any]]:
     """(features, aux) of one layer under the reduction."""
     site = Site("around", 0)
     call = Call(modules={reduction.module_name(site): module})
-    ran = run_block(Here({0: block}, 0, Plan(((site, reduction),)), call), tokens)
+    ran = run_block(Here({0: block}, 0, Plan(((site, reduction),), twin), call), tokens)
     return ran.tokens.x, ran.records[0].aux
 
 
@@ -95,7 +95,8 @@ def pmod_layer(case: Case) -> dict[str, Any]:
 
     def run(inputs: Any, params: Any) -> dict[str, Any]:
         now = Case(s, inputs, params, {})
-        weights = {f"score.{n}": params[f"router.router.{n}"] for n in ("weight", "bias")}
+        weights = {"score.weight": params["router.router.weight"]}
+        weights["score.bias"] = params.get("router.router.bias", jnp.zeros(1))
         width = inputs["hidden"].shape[-1]
         module = fill(lambda: VisionRouter(width, rngs=nnx.Rngs(0)), weights)
         block = llama_block(now, "decoder_layer.")
@@ -108,11 +109,13 @@ def pmod_layer(case: Case) -> dict[str, Any]:
     return jax.jit(run)(case.inputs, case.params)
 
 
-def gamma_layer(case: Case, reduction: GammaMoD, **extra: Any) -> tuple[Any, Mapping[str, Any]]:
+def gamma_layer(
+    case: Case, reduction: GammaMoD, twin: str = "packed", **extra: Any
+) -> tuple[Any, Mapping[str, Any]]:
     width = case.inputs["hidden"].shape[-1]
     weights = {"score.weight": case.params["router.weight"]}
     router = fill(lambda: PairRouter(width, rngs=nnx.Rngs(0)), weights)
-    return run_around(reduction, router, llama_block(case), tokens_of(case, **extra))
+    return run_around(reduction, router, llama_block(case), tokens_of(case, **extra), twin)
 
 
 def gammamod_train(case: Case) -> dict[str, Any]:
@@ -124,7 +127,8 @@ def gammamod_train(case: Case) -> dict[str, Any]:
 
 def gammamod_infer(case: Case) -> dict[str, Any]:
     reduction = GammaMoD(0.5, prefill=1.0, threshold=case.settings["threshold"])
-    x, aux = gamma_layer(case, reduction)
+    decoding = case.inputs["hidden"].shape[1] == 1
+    x, aux = gamma_layer(case, reduction, "causal" if decoding else "packed")
     return {"hidden": x, "route_prob": aux["score"]}
 
 

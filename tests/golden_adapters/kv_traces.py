@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -12,7 +13,7 @@ from tokred.cache import LayerCache, Look, hold
 from tokred.methods.h2o import H2O
 from tokred.methods.streaming_llm import StreamingLLM
 from tokred.ops import cached_attention, cached_probs
-from tokred.rotary import rotary_rates, rotate_by
+from tokred.rotary import rotate_by
 
 Weigh = Callable[[Array, Array, LayerCache], Array]
 
@@ -64,19 +65,26 @@ def split(x: Array, weight: Array, width: int) -> Array:
 
 
 def h2o_mask(case: Case) -> dict[str, Any]:
+    """Officially what leaves the window of recent entries is not seen for one step; then it may
+    stay as any other."""
     s, p = case.settings, case.params
     heavy, recent = s["heavy_budget"], s["recent_budget"]
-    evict = H2O(heavy + recent - 1, recent=recent - 1, frozen=True)
-    prompt, steps = case.inputs["prefill_hidden"], case.inputs["decode_hidden"]
+    evict = H2O(heavy + recent, recent=recent)
+    prompt, steps = case.inputs["prefill_hidden"], jnp.asarray(case.inputs["decode_hidden"])
     n, total = prompt.shape[1], prompt.shape[1] + len(steps)
     project = lambda x: [split(x, p[f"{a}_proj"], s["head_dim"]) for a in "qkv"]  # noqa: E731
-    out = lambda y: y.reshape(*y.shape[:2], -1) @ p["o_proj"].T  # noqa: E731
+
+    def seen(position: Array, cache: LayerCache) -> Array:
+        now, alone = position[:, None, :, None], position.shape[-1] == 1
+        left = (cache.position[:, :, None] == now - recent) & (now > heavy + recent)
+        return cache.mask(position[..., None]) & ~(left & alone)
 
     def weigh(q: Array, position: Array, cache: LayerCache) -> Array:
-        return cached_probs(q, cache.k, mask=cache.mask(position[..., None]))
+        return cached_probs(q, cache.k, mask=seen(position, cache))
 
     def attend(q: Array, position: Array, cache: LayerCache) -> Array:
-        return out(cached_attention(q, cache.k, cache.v, mask=cache.mask(position[..., None])))
+        y = cached_attention(q, cache.k, cache.v, mask=seen(position, cache))
+        return y.reshape(*y.shape[:2], -1) @ p["o_proj"].T
 
     def spread(x: Array, cache: LayerCache, width: int) -> Array:
         """x [1 H C] at the positions of its entries."""
@@ -84,33 +92,30 @@ def h2o_mask(case: Case) -> dict[str, Any]:
         rows = jnp.arange(at.shape[0])[:, None]
         return jnp.zeros((at.shape[0], width)).at[rows, at].set(x[0], mode="drop")
 
-    def state(before: LayerCache, after: LayerCache, seen: int) -> tuple[Array, Array]:
-        """Who may be looked at next; scores, still with that of the entry that just left."""
-        held = spread(after.valid * 1.0, after, total + 1)
-        late = held.at[:, seen - recent : seen].set(1.0)[:, :total]
-        return held.at[:, seen].set(1.0), spread(before.score, before, total) * late
+    def state(cache: LayerCache, count: Any) -> tuple[Array, Array]:
+        """Who may be looked at next, and the scores of what is held."""
+        place, held = jnp.arange(total + 1), spread(cache.valid * 1.0, cache, total + 1) > 0
+        held &= (place != count - recent) | (count <= heavy + recent)
+        return held | (place == count), spread(cache.score, cache, total)
 
-    def look(q: Array, place: Array) -> Look:
-        return Look(q, place, weigh)
+    def step(cache: LayerCache, at: tuple[Array, Array]) -> tuple[LayerCache, Any]:
+        count, x = at
+        q, k, v = project(x[None])
+        place = jnp.full((1, 1), count, jnp.float32)
+        cache = cache.append(k, v, place)
+        y = attend(q, place, cache)[0, 0]
+        cache = evict.go_on(cache, Look(q, place, weigh))
+        return cache, (y, *state(cache, count + 1))
 
     q, k, v = project(prompt)
     place = jnp.arange(n, dtype=jnp.float32)[None]
-    cache = hold(k, v, place)
-    first, seen = attend(q, place, cache), evict.observe(cache, look(q, place))
-    cache = evict.begin(cache, look(q, place)).resize(evict.room(n, total, 0, 1))
-    outs, told = [], [state(seen, cache, n)]
-    for step, x in enumerate(steps):
-        q, k, v = project(x[None])
-        place = jnp.full((1, 1), float(n + step))
-        cache = cache.append(k, v, place)
-        outs.append(attend(q, place, cache)[:, 0])
-        seen = evict.observe(cache, look(q, place))
-        cache = evict.go_on(cache, look(q, place))
-        told.append(state(seen, cache, n + step + 1))
-    masks, scores = (jnp.stack(x) for x in zip(*told, strict=True))
+    whole = hold(k, v, place)
+    cache = evict.begin(whole, Look(q, place, weigh)).resize(evict.room(n, total, 0, 1))
+    _, (y, *later) = jax.lax.scan(step, cache, (jnp.arange(n, total), steps))
+    told = [jnp.concatenate([a[None], b]) for a, b in zip(state(cache, n), later, strict=True)]
     return {
-        "prefill": first, "decode": jnp.stack(outs, 1), "next_mask": masks > 0,
-        "acc_scores": scores,
+        "prefill": attend(q, place, whole), "decode": y[None], "next_mask": told[0],
+        "acc_scores": told[1],
     }  # fmt: skip
 
 
@@ -120,7 +125,8 @@ def streaming(case: Case) -> dict[str, Any]:
     prompt, steps = case.inputs["prefill_hidden"], case.inputs["decode_hidden"]
     n, width = prompt.shape[1], prompt.shape[2] // s["num_heads"]
     evict = StreamingLLM(s["start_size"] + s["recent_size"] - 1, 1, s["start_size"])
-    rates = rotary_rates(width, 10000.0)
+    cos, sin = (case.inputs[name][1, : width // 2] for name in ("cos", "sin"))
+    rates = jnp.arctan2(sin, cos)  # what one position turns
     project = lambda x: [split(x, p[f"{a}_proj"], width) for a in "qkv"]  # noqa: E731
 
     def attend(q: Array, position: Array, cache: LayerCache) -> Array:

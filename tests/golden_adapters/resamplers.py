@@ -57,6 +57,8 @@ def load(shape: ResamplerShape, width: int, params: Mapping[str, Any], **how: An
 def run(plan: Any, x: Any, names: Names, case: Case, side: Any, **how: Any) -> Any:
     """The resampler of a plan on the case's tokens."""
     shape, keys = resampler_of(plan).shape, how.get("keys")
+    if "kv_proj__weight" in case.params:
+        shape = shape.replace(entry="bare norm")
     width = None if keys is None else keys.shape[-1]
     model = load(shape, x.shape[-1], renamed(case.params, names), keys=width)
     return model(x, grid=(side, side) if isinstance(side, int) else side, **how)
@@ -75,7 +77,8 @@ def tokenpacker(case: Case) -> dict[str, Any]:
         names |= _sequential(f"{part}_proj_1", ours, (0, 2)) | {f"ln_{part}_1": f"{ours}.layers.2"}
     names |= _sequential("mlp", "out", (0, 2))
     plan = make_plan(
-        "tokenpacker", layout_of(side, x.shape[-1]), window=s["scale_factor"],
+        "tokenpacker", layout_of(side, case.params["q_proj_1__weight"].shape[0]),
+        window=s["scale_factor"],
         heads=s["num_heads"], out=case.outputs["y"].shape[-1],
     )  # fmt: skip
     return {"y": run(plan, x, names, case, side, keys=multi).y}
@@ -90,8 +93,8 @@ def quecc(case: Case) -> dict[str, Any]:
         names |= _sequential(part, ours, (0, 2, 3))
     names |= _sequential("text_projection", "text", (0, 1))
     plan = make_plan(
-        "quecc", layout_of(side, x.shape[-1]), window=s["kernel"], heads=s["num_heads"],
-        text_width=text.shape[-1],
+        "quecc", layout_of(side, x.shape[-1]), heads=s["num_heads"], text_width=text.shape[-1],
+        window=side // ((side - s["kernel"]) // s["stride"] + 1), conv=(s["kernel"], s["stride"]),
     )  # fmt: skip
     return {"y": run(plan, x, names, case, side, keys=multi, text=text).y}
 
@@ -99,13 +102,20 @@ def quecc(case: Case) -> dict[str, Any]:
 LEARNED = {**NORM, "attn": "blocks.0", "pos_embed": "position", "query": "table"}
 
 
+def learned_names(case: Case) -> dict[str, str]:
+    """Keys of another width go through a projection before their norm."""
+    if "kv_proj__weight" not in case.params:
+        return LEARNED
+    return {**LEARNED, "ln_kv": "entry.layers.1", "kv_proj": "entry.layers.0"}
+
+
 def llavamini_query(case: Case) -> dict[str, Any]:
     s, x = case.settings, case.inputs["x"]
-    side = round(x.shape[1] ** 0.5)
+    side, width = round(x.shape[1] ** 0.5), case.params["query"].shape[-1]
     plan = make_plan(
-        "llava_mini", layout_of(side, x.shape[-1]), side=s["grid_size"], heads=s["num_heads"]
+        "llava_mini", layout_of(side, width), side=s["grid_size"], heads=s["num_heads"]
     )
-    ran = run(plan, x, LEARNED, case, side)
+    ran = run(plan, x, learned_names(case), case, side)
     return {"y": ran.y, "attn": ran.weights.mean(1)}
 
 
@@ -113,13 +123,8 @@ def uhd_resampler(case: Case) -> dict[str, Any]:
     s, x = case.settings, case.inputs["x"]
     grid = (s["tgt_h"], s["tgt_w"])
     x = x[:, : grid[0] * grid[1]]
-    names = {
-        **LEARNED, "ln_kv": "entry.layers.1", "kv_proj": "entry.layers.0",
-        "proj": "out.layers.1.kernel",
-    }  # fmt: skip
+    names = {**learned_names(case), "proj": "out.layers.1.kernel"}
     width = case.params["query"].shape[-1]
-    if "kv_proj__weight" not in case.params:
-        names["ln_kv"] = "entry.layers.0"
     plan = make_plan(
         "llava_uhd", layout_of(grid, x.shape[-1]), side=s["grid_size"], heads=s["num_heads"],
         width=width,
@@ -129,11 +134,11 @@ def uhd_resampler(case: Case) -> dict[str, Any]:
 
 def slime_resampler(case: Case) -> dict[str, Any]:
     s, x = case.settings, case.inputs["x"]
-    side = round(x.shape[1] ** 0.5)
-    names = {**LEARNED, "proj": "out.layers.1"}
+    side, width = round(x.shape[1] ** 0.5), case.params["query"].shape[-1]
+    names = {**learned_names(case), "proj": "out.layers.1"}
     out = case.outputs["y"].shape[-1] if "proj__weight" in case.params else None
     plan = make_plan(
-        "slime", layout_of(side, x.shape[-1]), side=s["grid_size"], heads=s["num_heads"],
+        "slime", layout_of(side, width), side=s["grid_size"], heads=s["num_heads"],
         out=out,
     )  # fmt: skip
     return {"y": run(plan, x, names, case, side).y}
@@ -232,7 +237,8 @@ def oryx_compressor(case: Case) -> dict[str, Any]:
     x, (h, w) = jnp.asarray(case.inputs["x"]), (int(n) for n in case.inputs["hw"])
     names = {"vlm_query_projector": "blocks.0.query", "vlm_key_projector": "blocks.0.key"}
     make = partial(make_plan, "oryx", layout_of((h, w), x.shape[-1]))
-    return {k: run(make(data=k), x, names, case, (h, w)).y for k in _KINDS.values()}
+    kinds = [k for k in _KINDS.values() if k in case.outputs]
+    return {k: run(make(data=k), x, names, case, (h, w)).y for k in kinds}
 
 
 def vtg_slots(case: Case) -> dict[str, Any]:
@@ -244,9 +250,12 @@ def vtg_slots(case: Case) -> dict[str, Any]:
 
 
 def seed_causal_mask(case: Case) -> dict[str, Any]:
-    """The official mask adds -10000 to hidden queries; here which queries each sees."""
+    """The official mask adds -10000 to hidden queries; here which queries each sees. Of 32 queries:
+    what follows them sees all."""
     given = case.inputs["attention_mask"]
-    seen = causal(given.shape[-1])[None, None] & (given > 0)[:, None, None, :]
+    n = given.shape[-1]
+    among = jnp.ones((n, n), bool).at[:32, :32].set(causal(min(n, 32)))
+    seen = among[None, None] & (given > 0)[:, None, None, :]
     return {"mask": jnp.where(seen, 0.0, -10000.0)}
 
 

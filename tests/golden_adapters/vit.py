@@ -124,6 +124,8 @@ def tome_kth(case: Case) -> dict[str, Any]:
 
 def tome_random(case: Case) -> dict[str, Any]:
     x, draws = case.inputs["x"], case.inputs["uniform"][..., 0]
+    if case.settings["r"] <= 0:
+        return dict.fromkeys(("mean", "sum", "unmerge"), x)
     map_ = match_random(case.inputs["metric"], case.settings["r"], draws)
     mean = map_.apply(x, "mean")
     return {"mean": mean, "sum": map_.apply(x, "sum"), "unmerge": map_.restore(mean)}
@@ -154,7 +156,8 @@ def tome_vit(case: Case) -> dict[str, Any]:
 def tomesd(case: Case) -> dict[str, Any]:
     cell = case.settings["sy"], case.settings["sx"]
     grid = case.settings["h"], case.settings["w"]
-    map_ = match_cells(case.inputs["metric"], case.settings["r"], grid, cell)
+    r = min(case.settings["r"], case.inputs["metric"].shape[1])
+    map_ = match_cells(case.inputs["metric"], r, grid, cell)
     merged = map_.apply(case.inputs["values"], "mean")
     return {"merged": merged, "unmerged": map_.restore(merged)}
 

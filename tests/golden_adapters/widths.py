@@ -47,12 +47,17 @@ def experts_of(params: Mapping[str, Any], top_k: int) -> Experts:
     return fill(make, {**weights, "router.weight": params["gate.weight"]})
 
 
+def _importance(x: Any, attn: Any) -> Any:
+    """One head alone is squeezed away officially, so that its queries are averaged."""
+    return token_importance(x) if attn.shape[1] > 1 else jnp.abs(x).sum(-1) * attn[:, 0].mean(1)
+
+
 def mcmoe_odp(case: Case) -> dict[str, Any]:
     s, x = case.settings, case.inputs["hidden"]
     experts = experts_of(case.params, s["top_k"])
     logits = experts.router(x)
     weight, expert = route(logits, experts.top_k)
-    importance = token_importance(x) if x.shape[-2] > 1 else None
+    importance = _importance(x, case.inputs["attn"]) if x.shape[-2] > 1 else None
     weight = prune_experts(
         weight, importance, beta=s["beta"], tau_low=s["tau_low"], tau_high=s["tau_high"]
     )
