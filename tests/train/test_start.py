@@ -11,6 +11,7 @@ from tokred.train.config import load_config
 from tokred.train.inputs import make_inputs
 from tokred.train.job import find_place, require_writable, train
 from tokred.train.setup import make_setup, restore_setup
+from tokred.train.start import starting_weights
 
 OVERRIDES = [
     "log.progress=False",
@@ -59,6 +60,14 @@ def test_rates_are_learned_on_the_averaged_weights_of_another_run(dense, tmp_pat
 def test_a_run_of_another_width_is_no_start(dense, tmp_path):
     with pytest.raises(ValueError, match=r"another model.*should be float32\[32\].*\[16\]"):
         go(tmp_path, f"start_from={dense[0]}", "model.width=32")
+
+
+def test_an_empty_start_takes_an_earlier_one_back():
+    config = load_config("configs/digits_diffrate.py:smoke", ["start_from=x", "start_from="])
+    setup = make_setup(config)
+    fresh, started = setup.init(), starting_weights(setup)
+    for name, value in fresh.params.items():
+        np.testing.assert_array_equal(started.params[name], value, err_msg=name)
 
 
 @pytest.mark.slow

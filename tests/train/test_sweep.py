@@ -221,8 +221,9 @@ def test_a_sweep_may_go_on_from_models_of_each_seed(tmp_path):
     """Without ratios there are neither baselines nor smaller models."""
     sweep, start = load_sweep("configs/sweep/bytes.py"), "start_from=runs/pretrain/seed_{seed}"
     found = {job.name: job for job in list_jobs(sweep, tmp_path, [0, 1], [start])}
-    names = {name.split("/")[0] for name in found}
-    assert names == {"dense", "gate", "random", "stride", "depths", "gate and depths"}
+    learned, controls = {"gate", "depths", "gate and depths"}, {"random", "stride", "fewer layers"}
+    assert {name.split("/")[0] for name in found} == {"dense", *learned, *controls}
     starts = {name: job.config.start_from for name, job in found.items()}
+    assert starts["fewer layers/1/seed_1"] == ""
     assert starts["dense/seed_1"] == starts["depths/seed_1"] == "runs/pretrain/seed_1"
     assert all(job.ready for job in found.values())

@@ -49,21 +49,22 @@ def default_config(task: str = "images") -> Config:
     'seq2seq' (an encoder-decoder on bytes) or 'talk' (answers about images).
 
     seed: of weights, order of data and draws. start_from: the workdir of a finished run whose
-    weights to start from; start_parts: the same for parts of a model that has some. mesh: see
-    `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields of the task's model. data: see
-    `inputs`; mock: number of made-up examples instead of real ones, 0 for none. beside: methods
-    with their options that are part of every plan but the dense one, see `Beside`. train: the
-    first stage, under a method with its options (a learned method in its soft form); 0 steps for
-    none; macs: what the whole plan may cost, as a share of the dense model, for which the method's
-    keep is solved; remat: see `Call`; vary: an option of the method, or several with commas, that
-    takes the values of `each` in turn; rule, weights, pivots: see `Varied`; trainable: a regular
-    expression over the parameters that learn, '' for all. align: a stage before it, for instance
-    of a connector alone; 0 steps for none. optimizer: see `make_optimizer`; ema, accumulate: see
-    `make_train_step`. loss: mixup to mix_switch are the fields of `Mixing`. distill: of the first
-    stage, from the dense model in another workdir; see `Teacher`. rates: a second stage that trains
-    the rates of a method alone, 0 steps for none. finetune: of every evaluated row. evaluate.macs:
-    the budget where nothing is learned, as a share of the dense model. checkpoint: see
-    `Checkpoints`; a checkpoint every so many steps, an evaluation before each if best > 0.
+    weights to start from, nothing for fresh ones; start_parts: the same for parts of a model that
+    has some. mesh: see `mesh.make_mesh`; rules go before `mesh.RULES`. model: fields of the task's
+    model. data: see `inputs`; mock: number of made-up examples instead of real ones, 0 for none.
+    beside: methods with their options that are part of every plan but the dense one, see `Beside`.
+    train: the first stage, under a method with its options (a learned method in its soft form); 0
+    steps for none; macs: what the whole plan may cost, as a share of the dense model, for which the
+    method's keep is solved; remat: see `Call`; vary: an option of the method, or several with
+    commas, that takes the values of `each` in turn; rule, weights, pivots: see `Varied`; trainable:
+    a regular expression over the parameters that learn, '' for all. align: a stage before it, for
+    instance of a connector alone; 0 steps for none. optimizer: see `make_optimizer`; ema,
+    accumulate: see `make_train_step`. loss: mixup to mix_switch are the fields of `Mixing`.
+    distill: of the first stage, from the dense model in another workdir; see `Teacher`. rates: a
+    second stage that trains the rates of a method alone, 0 steps for none. finetune: of every
+    evaluated row. evaluate.macs: the budget where nothing is learned, as a share of the dense
+    model. checkpoint: see `Checkpoints`; a checkpoint every so many steps, an evaluation before
+    each if best > 0.
     """
     optimizer = {"warmup": 0.1, "schedule": "cosine", "end": 0.0, "b1": 0.9, "b2": 0.99}
     optimizer |= {"clip": 1.0, "layer_decay": 1.0, "scales": (), "ema": 0.0, "accumulate": 1}
@@ -170,7 +171,7 @@ def shrink(config: Config) -> Config:
             small.data.mock = 32
             small.model.update({"patch": (4, 4), "image_size": (32, 32)})
             small.data.eval_batch = 16
-        if small.start_from is not None:  # the other run does not exist at smoke size
+        if small.start_from:  # the other run does not exist at smoke size
             small.start_from, small.train.steps = None, 4
     return small
 

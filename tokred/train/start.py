@@ -21,7 +21,7 @@ def starting_weights(setup: Setup) -> Weights:
     fresh, config = setup.init(), setup.config
     params = dict(fresh.params)
     for part, start in {"": config.start_from, **config.start_parts}.items():
-        if start is not None:
+        if start:
             own = part and f"{part}/"
             wanted = {k.removeprefix(own): v for k, v in params.items() if k.startswith(own)}
             read = _exported if is_exported(start) else _finished
