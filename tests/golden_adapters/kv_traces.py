@@ -95,8 +95,8 @@ def h2o_mask(case: Case) -> dict[str, Any]:
     def state(cache: LayerCache, count: Any) -> tuple[Array, Array]:
         """Who may be looked at next, and the scores of what is held."""
         place, held = jnp.arange(total + 1), spread(cache.valid * 1.0, cache, total + 1) > 0
-        held &= (place != count - recent) | (count <= heavy + recent)
-        return held | (place == count), spread(cache.score, cache, total)
+        held &= ((place != count - recent) | (count <= heavy + recent))[None]
+        return held | (place == count)[None], spread(cache.score, cache, total)
 
     def step(cache: LayerCache, at: tuple[Array, Array]) -> tuple[LayerCache, Any]:
         count, x = at

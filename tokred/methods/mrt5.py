@@ -39,7 +39,8 @@ class MrT5(Reduction):
     The twins differ: packed drops the G of what it keeps, as the official code does. corrected:
     packed keeps it, and soft hides what packed deletes, so that they agree exactly.
     positions: after deletion 'keep' (the true distances, official) or 'renumber' without gaps.
-    gate: 'learned', or controls that delete `target` of every example: 'random', 'stride'.
+    gate: 'learned', or controls that delete `target` of every example, rounded up: 'random',
+    'stride'.
     target: deletion rate; 0 deletes nothing. coefficient: of the mean G in the loss; None for a
     `RateController` (proportional, integral, delay, two_sided), whose state is this reduction's
     running state: the loss takes the coefficient of the step before. The rate is the mean over all
@@ -135,7 +136,7 @@ class MrT5(Reduction):
     def _control(self, tokens: Tokens, key: Any) -> Float[Array, "*B N"]:
         """1 for tokens that a control keeps, -1 for the others."""
         free = ~_prefix(tokens) if tokens.valid is None else tokens.valid & ~_prefix(tokens)
-        keep = lambda n: max(1, int((1 - self.target) * n + 0.5 + 1e-6))  # noqa: E731
+        keep = lambda n: max(1, routing.share_of(n, 1 - self.target))  # noqa: E731
         if self.gate == "random":
             if key is None:
                 raise ValueError("mrt5: gate='random' draws; pass Call(key=...).")
