@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tests.golden_adapters.case import Adapter, Case, Output
+from tests.golden_adapters.case import Adapter, Case, Output, sorted_rows
 from tests.golden_adapters.vit import attention_of, images_of, predictor_of, vit_config_of
 from tests.golden_adapters.weights import fill
 from tokred.gates import Rate
@@ -167,10 +167,6 @@ def rows_as_set(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if any(len(set(row)) < len(row) for row in nearest):
         return want, np.full_like(got, np.inf)
     return want, np.take_along_axis(got, nearest[..., None], axis=1)
-
-
-def sorted_rows(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.sort(want, axis=1), np.sort(got, axis=1)
 
 
 GRAD = Output(1e-3, 1e-5)

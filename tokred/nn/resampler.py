@@ -222,7 +222,7 @@ def _like(table: Array, x: Array) -> Array:
 
 
 def _depthwise(width: int, shape: ResamplerShape, rngs: nnx.Rngs) -> nnx.Conv:
-    kernel, stride = shape.conv or (shape.window, shape.window)
+    kernel, stride = shape.kernel_and_stride
     return nnx.Conv(
         width,
         width,

@@ -112,12 +112,17 @@ class ResamplerShape:
         """Whether queries come from the grid."""
         return self.queries in ("average", "bilinear", "conv")
 
+    @property
+    def kernel_and_stride(self) -> tuple[int, int]:
+        """Of the convolution that pools queries."""
+        return self.conv or (self.window, self.window)
+
     def queries_of(self, grid: tuple[int, int]) -> int:
         """K for an image. Raises ValueError where the window does not divide the grid."""
         if not self.pooled:
             return self.count
         check_window(grid, self.window)
-        kernel, stride = self.conv or (self.window, self.window)
+        kernel, stride = self.kernel_and_stride
         cells = tuple((n - kernel) // stride + 1 for n in grid)
         if self.queries == "conv" and cells != (grid[0] // self.window, grid[1] // self.window):
             raise ValueError(
@@ -147,7 +152,7 @@ class ResamplerShape:
         )
         if self.pooled:
             chains += tokens * chain_macs(self.source, width, start)
-            kernel = self.conv[0] if self.conv else self.window
+            kernel, _ = self.kernel_and_stride
             pooled = {"conv": queries * kernel**2, "bilinear": tokens * queries}
             chains += pooled.get(self.queries, 0) * start
         chains += queries * chain_macs(self.query, start, asked)
