@@ -7,11 +7,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from tokred import viz
 from tokred.__main__ import main as command
 from tokred.train import sweep as module
 from tokred.train.finished import claim
 from tokred.train.sweep import Sweep, Trial, finished, list_jobs, load_sweep, main, run
-from tokred.train.tidy import tidy
+from tokred.train.tidy import tidy, write_report
 
 DIGITS = "configs/sweep/digits.py:smoke"
 SMALL = Sweep(
@@ -188,6 +189,16 @@ def test_files_that_are_no_sweeps(tmp_path, capsys):
 def test_without_the_dense_run_there_is_no_table():
     with pytest.raises(ValueError, match="line 'dense'"):
         tidy([row("diffrate", 0, line="rates", budget=0.5)])
+
+
+def test_soft_twins_are_in_the_table_and_not_in_the_picture(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(viz, "plot_frontier", lambda rows, *_: drawn.extend(rows))
+    lines = {"dense": "dense", "gate": "mrt5", "gate soft": "mrt5 soft"}
+    rows = [row(method, 0, line=line, budget=0.7) for line, method in lines.items()]
+    write_report(rows, tmp_path, "tokred sweep", "accuracy")
+    assert [told["line"] for told in drawn] == ["dense", "gate"]
+    assert "gate soft" in capsys.readouterr().out
 
 
 @pytest.mark.slow
