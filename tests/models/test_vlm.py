@@ -217,6 +217,43 @@ def test_tokens_that_are_left_may_stand_where_they_were():
     np.testing.assert_allclose(out.logits[0, 1, :12], want[0, -1, :12], atol=2e-4)
 
 
+@pytest.mark.parametrize("behind", [(), ("restore", "mqt")])
+def test_what_a_policy_hides_in_the_encoder_stays_hidden(behind):
+    """Its twins agree in all that follows, and both reach the predictors."""
+    plan = vision_plan("dynamicvit", keep=0.6, layers=(1,), eps=0.0)
+    for name in behind:
+        plan += vision_plan(name)
+    soft = plan.with_twin("soft")
+    model = build(plan, dataclasses.replace(CONFIG, image_positions="place"))
+    packed, _ = run(model, plan)
+    masked, report = run(model, soft)
+    np.testing.assert_allclose(packed[VALID], masked[VALID], atol=2e-5)
+    assert (report.aux["vision/before_1"]["decision"] == 0).any()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits, _ = nnx.merge(graph, params, rest)(
+            IDS, pictures(), plan=soft, valid=VALID, call=Call(key=jax.random.key(0), train=True)
+        )
+        return jnp.square(logits[VALID]).mean()
+
+    slopes = jax.grad(loss)(params)["vision"]["reductions"]["before_1"]
+    assert all(jnp.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_what_a_policy_hides_takes_no_position(step):
+    plan = vision_plan("dynamicvit", keep=0.6, layers=(1,))
+    model = build(plan, dataclasses.replace(CONFIG, image_step=step))
+    packed, _ = model.read(IDS, pictures(), plan=plan, valid=VALID)
+    masked, _ = model.read(IDS, pictures(), plan=plan.with_twin("soft"), valid=VALID)
+    np.testing.assert_array_equal(packed.after, masked.after)
+    of_text = lambda s: s.tokens.position[~s.tokens.extra["vision"] & s.tokens.valid]  # noqa: E731
+    np.testing.assert_array_equal(of_text(packed), of_text(masked))
+    logits, _ = run(model, plan.with_twin("soft"))
+    assert jnp.isfinite(logits[VALID]).all()
+
+
 def test_positions_of_images_are_named():
     with pytest.raises(ValueError, match="must be 'count' or 'place'"):
         dataclasses.replace(CONFIG, image_positions="both")

@@ -81,6 +81,30 @@ def test_what_learns_beside_a_plain_method_is_trained():
     assert learned and learned <= set(setup.stages[-1].names(setup.shapes.params))
 
 
+def rates_beside(steps: int):
+    """Rates of the encoder, learned beside Matryoshka queries and p-MoD."""
+    config = load_config(str(RECIPES / "grid_rates.py:smoke"), QUIET)
+    config.model.vision.depth, config.rates.steps, config.rates.target = 4, steps, 0.55
+    return config
+
+
+def test_rates_are_learned_alone_in_the_part_they_belong_to():
+    setup = make_setup(rates_beside(2))
+    train, rates = (stage.names(setup.shapes.params) for stage in setup.stages[-2:])
+    assert {name.rpartition("/")[0] for name in rates} == {
+        f"vision/reductions/mid_{layer}" for layer in range(1, setup.layout.depth)
+    }
+    assert "vision/reductions/output/table" in train and "decoder/norm/scale" in train
+    plan = setup.stages[-1].objective.plan
+    assert {site.part for site, _ in plan.steps} == {"vision", "decoder"} and plan.twin == "soft"
+
+
+@pytest.mark.slow
+def test_a_job_that_learns_rates_for_the_whole_budget(tmp_path: Path):
+    rows = {row["method"]: row for row in run_job(rates_beside(100), tmp_path)}
+    assert rows["diffrate"]["macs_ratio"] == pytest.approx(0.55, abs=0.02)
+
+
 @pytest.mark.slow
 def test_a_job_with_a_gate_before_and_depths_behind(tmp_path: Path):
     rows = {row["method"]: row for row in run_job(recipe("mrt5_bytes.py:smoke"), tmp_path)}

@@ -13,6 +13,7 @@ RECIPES = [
     "digits_dense",
     "digits_dynamicvit",
     "mrt5_mod_bytes",
+    "grid_rates",
     "cifar10_vit",
     "vit_s16_imagenet_dense",
     "vit_s16_imagenet_diffrate",

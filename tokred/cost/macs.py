@@ -146,20 +146,21 @@ def expected_macs(
     """What the packed plan would cost at the rates that a soft run reports.
 
     Every soft reduction leaves its `expected_count`, differentiable in what `report.aux` holds;
-    the others leave the integers of the plan; so does, for the parts behind it, one whose tokens
-    go on to another part of the model. What the reductions themselves cost is taken at
-    those integers: a constant, a percent or two.
+    the others leave the integers of the packed plan, and so does, for the parts behind it, one
+    whose tokens go on to another part of the model. What the reductions themselves cost is taken
+    at those integers: a constant, a percent or two.
 
     Raises:
       ValueError: a plan that does not fit the model, or a report of another plan.
     """
     if isinstance(config, Composite):
-        parts = config.parts(plan, tokens).items()
+        packed = plan.with_twin("packed")
+        parts = config.parts(packed, tokens).items()
         each = [
             times * _expected(part, plan.of(name), report.parts[name], n, n is None)
             for name, (part, n, times) in parts
         ]
-        return sum(each) + 1.0 * config.joint_macs(plan, tokens)
+        return sum(each) + 1.0 * config.joint_macs(packed, tokens)
     return _expected(config, plan, report, tokens)
 
 
@@ -170,9 +171,10 @@ def _expected(
     layout = config.layout if tokens is None else config.layout_of(tokens)
 
     def count(site: Site, reduction: Reduction, n: Number) -> Number:
-        if plan.twin != "soft" or "soft" not in reduction.twins:
+        if plan.twin != "soft":
             return reduction.counts(n, layout.prefix)
-        return reduction.expected_count(n, layout.prefix, _aux(report.aux, site, plan))
+        told = _aux(report.aux, site, plan) if "soft" in reduction.twins else {}
+        return reduction.expected_count(n, layout.prefix, told)
 
     expected = _model(config, _walk(config, plan, count, layout), outer)
     costs = _reductions(config, packed, _whole(config, packed, layout), layout)

@@ -20,27 +20,27 @@ from tokred.tokens import Tokens
 class Restore(Reduction):
     """Every patch of the `grid` gets the features of the token that it is now part of.
 
-    A patch that went nowhere, or never was there, is invalid. Each stands for itself again: sizes,
-    biases and policies of what it was part of end here. Both twins are the same. Gradient: to the
-    tokens.
+    A patch that went nowhere, or never was there, or whose token a policy hides, is invalid. Each
+    stands for itself again: sizes, biases and policies of what it was part of end here. Gradient:
+    to the tokens and their policy.
     """
 
     grid: tuple[int, int]
     grows: ClassVar[bool] = True
-    twins: ClassVar[tuple[str, ...]] = ("packed", "soft")
 
     def counts(self, n: int, prefix: int) -> int:
         return prefix + self.grid[0] * self.grid[1]
 
-    def slots(self, n: int, prefix: int, twin: str) -> int:
-        return self.counts(n, prefix)
+    def expected_count(self, n: Any, prefix: int, aux: Mapping[str, Any]) -> int:
+        return self.counts(0, prefix)  # whatever comes in
 
     def __call__(
         self, tokens: Tokens, evidence: Mapping[str, Array], state: Any = None, **how: Any
     ) -> tuple[Tokens, None, Any, dict[str, Any]]:
         source, n = tokens.source, self.counts(tokens.n, tokens.prefix)
-        if source is None:
+        if source is None and tokens.policy is None:
             return tokens, None, state, {}
+        source, x = tokens.sources(), tokens.x
         if source.shape[-1] != n:
             raise ValueError(
                 f"restore: {source.shape[-1]} tokens entered the model, and grid={self.grid} with "
@@ -48,10 +48,13 @@ class Restore(Reduction):
             )
         back = lambda a: gather(a, jnp.maximum(source, 0), axis=source.ndim - 1)  # noqa: E731
         valid = source >= 0
+        if tokens.policy is not None:
+            valid &= back(tokens.policy) > 0
+            x = x * tokens.policy[..., None].astype(x.dtype)
         outside = np.full((tokens.prefix, 2), -1, np.float32)
         place = jnp.asarray(np.concatenate([outside, grid_positions(self.grid)]))
         whole = Tokens(
-            jnp.where(valid[..., None], back(tokens.x), 0),
+            jnp.where(valid[..., None], back(x), 0),
             valid=valid,
             position=jnp.where(valid[..., None], place, -1),
             extra=jax.tree.map(back, dict(tokens.extra)),
@@ -61,7 +64,7 @@ class Restore(Reduction):
         return whole, None, state, {}
 
 
-@register("restore", family="merge", site="after", twins="exact")
+@register("restore", family="merge", site="after")
 def restore(layout: Layout, *, layer: int | None = None) -> Plan:
     """All patches again behind a layer, merged ones as copies: between a reduction and a connector.
 

@@ -42,7 +42,8 @@ def splice(
     """Every placeholder gives way to the K tokens of the next image; other tokens move apart.
 
     text: embedded ids. holds: which of them are placeholders. images: x [B I K D], perhaps with
-    `valid`; those that no placeholder holds a place for are left out. valid: of the text, padding
+    `valid`, `bias` and `policy`, under which those that it hides take no position; those that no
+    placeholder holds a place for are left out. valid: of the text, padding
     on either side. Positions count valid tokens; step: that of an image's tokens, see
     `v2pe_positions`. grid: instead, an image takes as many positions as the grid has patches, and
     each of its tokens stands at the patch nearest to its own place, whatever is left of the others.
@@ -66,18 +67,32 @@ def splice(
     real = slots[None, :] < end[:, -1:]
     real &= gather(jnp.concatenate([there, seen.reshape(b, -1)], 1), index, axis=1)
     x = gather(jnp.concatenate([text, unfold(images.x).astype(text.dtype)], 1), index, axis=1)
+    bias = _beside_text(images.bias, n, index, text=0)
+    policy = _beside_text(images.policy, n, index, text=1)
+    open_ = real if policy is None else real & (policy > 0)
     extra = {"vision": vision & real, "frame": jnp.where(real, frame, -1)}
     if grid is None:
-        position = _counted(real, step, **extra)
+        position = _counted(open_, step, **extra)
         after = jnp.ceil(position.max(-1)) + 1
     else:
         room = jnp.where(there, jnp.where(holds, grid[0] * grid[1], 1), 0)
         inside = jnp.concatenate([jnp.zeros((b, n)), _nearest_patch(images, grid)], 1)
         position = of_word(jnp.cumsum(room, -1) - room) + gather(inside, index, axis=1)
         after = room.sum(-1).astype(jnp.float32)
-    tokens = make_tokens(x, valid=real, position=position[..., None], extra=extra)
+    gates = {"bias": bias, "policy": policy, "policy_eps": images.policy_eps}
+    tokens = make_tokens(x, valid=real, position=position[..., None], extra=extra, **gates)
     tokens = tokens.replace(ordered=grid is None and step > 0)
-    return Spliced(tokens, _last(real, end), after)
+    return Spliced(tokens, _last(open_, position, end), after)
+
+
+def _beside_text(
+    images: Float[Array, "B I K"] | None, n: int, index: Int[Array, "B M"], *, text: float
+) -> Float[Array, "B M"] | None:
+    """What each token brings along, of the text the same everywhere."""
+    if images is None:
+        return None
+    beside = jnp.full((len(images), n), text, images.dtype)
+    return gather(jnp.concatenate([beside, unfold(images)], 1), index, axis=1)
 
 
 def _nearest_patch(images: Tokens, grid: tuple[int, int]) -> Float[Array, "B L"]:
@@ -93,14 +108,18 @@ def _nearest_patch(images: Tokens, grid: tuple[int, int]) -> Float[Array, "B L"]
 
 def _counted(real: Array, step: float, vision: Array, frame: Array) -> Float[Array, "B M"]:
     if step == 1.0:
-        return (jnp.cumsum(real, -1) - 1).astype(jnp.float32)
+        return jnp.maximum(jnp.cumsum(real, -1) - 1, 0).astype(jnp.float32)
     return v2pe_positions(vision, step, valid=real, image=frame)
 
 
-def _last(real: Bool[Array, "B M"], end: Int[Array, "B N"]) -> Int[Array, "B N"]:
-    """The last valid slot in front of each end, the first slot where there is none."""
-    slots = jnp.where(real, jnp.arange(real.shape[1]), 0)
-    last = jax.lax.cummax(slots, axis=1)
+def _last(
+    real: Bool[Array, "B M"], position: Float[Array, "B M"], end: Int[Array, "B N"]
+) -> Int[Array, "B N"]:
+    """The slot of the valid token farthest on among those in front of each end, the first slot
+    where there is none."""
+    position = jnp.where(real, position, -1)
+    farthest = real & (position == jax.lax.cummax(position, axis=1))
+    last = jax.lax.cummax(jnp.where(farthest, jnp.arange(real.shape[1]), 0), axis=1)
     return gather(last, jnp.maximum(end - 1, 0), axis=1)
 
 

@@ -307,11 +307,14 @@ class VLM(nnx.Module):
 
 
 def _per_image(tokens: Tokens, batch: int) -> Tokens:
-    """[B I ...] of [B*I ...], without the prefix."""
+    """[B I ...] of [B*I ...], without the prefix; what keys weigh goes with them."""
     p = tokens.prefix
     split = lambda a: None if a is None else fold(a[:, p:], batch, axis=0)  # noqa: E731
     place = None if tokens.position is None else tokens.positions()
-    return Tokens(split(tokens.x), valid=split(tokens.valid), position=split(place))
+    return Tokens(
+        split(tokens.x), valid=split(tokens.valid), position=split(place), bias=split(tokens.bias),
+        policy=split(tokens.policy), policy_eps=tokens.policy_eps,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from tokred.train.processes import to_host
 from tokred.train.state import State, born_sharded
 from tokred.train.varied import Varied, vary_options
 
-WEIGHTS = "^(?!reductions/)"
-REDUCTIONS = "^reductions/"
+WEIGHTS = "^(?!(.*/)?reductions/)"
 
 
 @dataclass(frozen=True)
@@ -194,18 +193,11 @@ def make_stages(
                 f"config.train.method={train.method!r} is learned and so is "
                 f"config.rates.method={rates.method!r}; set config.rates.steps=0 or train densely."
             )
-        objective = make_objective(
-            make(rates.method, rates.options),
-            **shared,
-            macs_weight=rates.weight,
-            target=rates.target,
-            unit=rates.unit,
-            remat=rates.remat,
-        )
-        # The penalty must be felt from the first step to the last: no warm-up, no decay.
-        how = {**optimizer, "lr": rates.lr, "end": rates.end, "warmup": 0.0, "weight_decay": 0.0}
-        how |= {"schedule": "constant", "end": 0.0} if rates.end == 1 else {"schedule": "cosine"}
-        stages.append(Stage("rates", objective, rates.steps, REDUCTIONS, how, accumulate))
+        plan = make(rates.method, rates.options)
+        objective = make_objective(plan, **shared, **_budget(rates))
+        alone = make_plan(rates.method, model.layout, **rates.options)
+        part, how = _modules_of(alone, model.layout.part), {**optimizer, **_steadily(rates)}
+        stages.append(Stage("rates", objective, rates.steps, part, how, accumulate))
     if not stages:
         raise ValueError("config.train.steps and config.rates.steps are both 0; raise one of them.")
     return tuple(stages)
@@ -223,6 +215,25 @@ def _varied(
     return Varied(plans, train.rule, weights, tuple(train.pivots))
 
 
+def _budget(rates: Config) -> dict[str, Any]:
+    """What the objective of rates is told beside its plan."""
+    return {"macs_weight": rates.weight} | {k: rates[k] for k in ("target", "unit", "remat")}
+
+
+def _steadily(rates: Config) -> dict[str, Any]:
+    """The optimizer of rates: without a warm-up, as the penalty must be felt from the first step,
+    and constant unless `end` says otherwise."""
+    falls = {"schedule": "cosine", "end": rates.end}
+    course = {"schedule": "constant", "end": 0.0} if rates.end == 1 else falls
+    return {"lr": rates.lr, "warmup": 0.0, "weight_decay": 0.0, **course}
+
+
+def _modules_of(plan: Plan, part: str) -> str:
+    """A pattern of the parameters of a plan's reductions in the part that it is made for."""
+    names = "|".join(reduction.module_name(site) for site, reduction in plan.of(part).steps)
+    return f"^{part}{'/' if part else ''}reductions/({names})/"
+
+
 def training_plan(method: str, layout: Layout, options: dict[str, Any], beside: Beside) -> Plan:
     """The plan to train under: where the method learns, the twin that it trains."""
     plan, about = beside(make_plan(method, layout, **options)), get_method(method)
@@ -236,10 +247,12 @@ def learned_plan(setup: Setup, params: Arrays, stage: int = -1) -> Plan | None:
         return None
     if plan.name != "diffrate" or plan.twin != "soft":
         return plan.with_twin("packed")
-    logits = to_host({k: v for k, v in params.items() if k.startswith("reductions/")})
+    logits = to_host({k: v for k, v in params.items() if "reductions/" in k})
     logits = jax.tree.map(jnp.asarray, logits)
     model = setup.skeleton.merge({**setup.shapes.params, **logits}, setup.shapes.rest)
-    schedule = diffrate.freeze(model.reductions, plan, setup.layout)
+    layout = setup.layout
+    part = getattr(model, layout.part) if layout.part else model
+    schedule = diffrate.freeze(part.reductions, plan.of(layout.part), layout)
     return setup.plan("diffrate", **schedule)
 
 

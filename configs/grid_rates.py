@@ -1,0 +1,20 @@
+"""Learned rates in the encoder, beside Matryoshka queries in the connector and p-MoD in the
+decoder: all parts are trained together, then the rates alone, until the whole model costs 0.6.
+
+python train.py --config=configs/grid_rates.py --workdir=runs/grid_rates
+"""
+
+from tokred.train.config import Config, finish
+from tokred.train.recipes import grid_config
+
+
+def get_config(arg: str = "") -> Config:
+    config = grid_config()
+    config.model.vision.class_token = True  # whose attention ranks the tokens
+    config.beside = {
+        "restore": {},
+        "mqt": {"length": 16, "start": "local"},
+        "decoder/pmod": {"schedule": "interleave"},
+    }
+    config.rates.update({"steps": 300, "lr": 0.05, "target": 0.6, "weight": 100.0})
+    return finish(config, arg)
