@@ -11,7 +11,7 @@ from tokred.models.vit import ViT, ViTConfig
 from tokred.nn.skeleton import split_model
 from tokred.train.losses import ImageObjective
 from tokred.train.optimizer import make_optimizer
-from tokred.train.setup import REDUCTIONS, WEIGHTS
+from tokred.train.setup import WEIGHTS, modules_of
 from tokred.train.state import init_state, select_names
 from tokred.train.step import make_train_step
 
@@ -19,6 +19,7 @@ CONFIG = ViTConfig(
     image_size=(8, 8), patch=(2, 2), channels=1, width=16, depth=2, heads=2, classes=4
 )
 SOFT = make_plan("diffrate", CONFIG.layout).with_twin("soft")
+RATES = modules_of(SOFT, "")
 OPTIMIZER = {"lr": 1e-2, "steps": 4, "warmup": 0.0, "schedule": "constant", "weight_decay": 0.1}
 
 
@@ -53,7 +54,7 @@ def test_split_and_merge_are_inverse():
 
 def test_trainable_patterns_part_rates_from_weights():
     params = build()[1].params
-    rates, weights = select_names(params, REDUCTIONS), select_names(params, WEIGHTS)
+    rates, weights = select_names(params, RATES), select_names(params, WEIGHTS)
     assert set(rates) == {"reductions/mid_1/prune", "reductions/mid_1/merge"}
     assert not set(rates) & set(weights)
     assert {*rates, *weights} == set(params) == set(select_names(params, ""))
@@ -67,7 +68,7 @@ def test_bad_patterns_are_named(pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "objective"),
-    [(WEIGHTS, ImageObjective()), (REDUCTIONS, ImageObjective(SOFT, macs_weight=10.0, target=0.5))],
+    [(WEIGHTS, ImageObjective()), (RATES, ImageObjective(SOFT, macs_weight=10.0, target=0.5))],
 )
 def test_a_step_changes_what_trains_and_nothing_else(pattern, objective):
     before, state, metrics = run(pattern, objective)
@@ -97,5 +98,5 @@ def test_training_lowers_the_loss():
 
 def test_the_penalty_pulls_the_expected_cost_to_the_target():
     objective = ImageObjective(SOFT, macs_weight=100.0, target=0.7)
-    first, last = (run(REDUCTIONS, objective, steps)[2]["macs_ratio"] for steps in (1, 40))
+    first, last = (run(RATES, objective, steps)[2]["macs_ratio"] for steps in (1, 40))
     assert first > last and abs(last - 0.7) < abs(first - 0.7)

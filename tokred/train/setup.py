@@ -196,7 +196,7 @@ def make_stages(
         plan = make(rates.method, rates.options)
         objective = make_objective(plan, **shared, **_budget(rates))
         alone = make_plan(rates.method, model.layout, **rates.options)
-        part, how = _modules_of(alone, model.layout.part), {**optimizer, **_steadily(rates)}
+        part, how = modules_of(alone, model.layout.part), {**optimizer, **_steadily(rates)}
         stages.append(Stage("rates", objective, rates.steps, part, how, accumulate))
     if not stages:
         raise ValueError("config.train.steps and config.rates.steps are both 0; raise one of them.")
@@ -228,7 +228,7 @@ def _steadily(rates: Config) -> dict[str, Any]:
     return {"lr": rates.lr, "warmup": 0.0, "weight_decay": 0.0, **course}
 
 
-def _modules_of(plan: Plan, part: str) -> str:
+def modules_of(plan: Plan, part: str) -> str:
     """A pattern of the parameters of a plan's reductions in the part that it is made for."""
     names = "|".join(reduction.module_name(site) for site, reduction in plan.of(part).steps)
     return f"^{part}{'/' if part else ''}reductions/({names})/"
