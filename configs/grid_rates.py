@@ -1,15 +1,18 @@
 """Learned rates in the encoder, beside Matryoshka queries in the connector and p-MoD in the
-decoder: all parts are trained together, then the rates alone, until the whole model costs 0.6.
+decoder: those two are trained first, then the rates alone, until the whole model costs 0.6.
 
-python train.py --config=configs/grid_rates.py --workdir=runs/grid_rates
+python train.py --config=configs/grid_dense.py --workdir=runs/grid_dense_class \\
+  --config.model.vision.class_token=True
+python train.py --config=configs/grid_rates.py --workdir=runs/grid_rates \\
+  --config.start_from=runs/grid_dense_class
 """
 
 from tokred.train.config import Config, finish
-from tokred.train.recipes import grid_config
+from tokred.train.recipes import continued_grid_config
 
 
 def get_config(arg: str = "") -> Config:
-    config = grid_config()
+    config = continued_grid_config()
     config.model.vision.class_token = True  # whose attention ranks the tokens
     config.beside = {
         "restore": {},

@@ -33,7 +33,7 @@ def test_recipes_make_a_model_and_survive_json(name):
     config = load_config(f"configs/{name}.py")
     again = from_json(json.loads(json.dumps(to_json(config))))
     assert model_config(again) == model_config(config)
-    assert make_setup(load_config(f"configs/{name}.py:smoke")).stages[0].steps == 4
+    assert make_setup(load_config(f"configs/{name}.py:smoke")).stages[-1].steps <= 4
 
 
 def test_overrides_take_the_type_of_the_field():
