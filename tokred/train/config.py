@@ -197,6 +197,7 @@ def _shrink_talk(small: Config) -> Config:
     small.data.update({"batch": 8, "eval_batch": 8, "eval_rows": 16})
     small.align.steps = min(small.align.steps, 2)
     small.train.steps = min(small.train.steps, 4)
+    small.rates.steps = min(small.rates.steps, 3)
     small.evaluate.update({"rounds": 2, "time_batch": 8})
     small.checkpoint.every = small.log.every = 2
     return small
