@@ -6,15 +6,10 @@ python train.py --config=configs/grid_composed.py --workdir=runs/grid_composed \
 """
 
 from tokred.train.config import Config, finish
-from tokred.train.recipes import continued_grid_config
+from tokred.train.recipes import composed_grid_config
 
 
 def get_config(arg: str = "") -> Config:
-    config = continued_grid_config()
+    config = composed_grid_config()
     config.train.method, config.train.macs = "tome", 0.6
-    config.beside = {
-        "restore": {},
-        "mqt": {"length": 16, "start": "local"},
-        "decoder/pmod": {"schedule": "interleave"},
-    }
     return finish(config, arg)

@@ -8,16 +8,11 @@ python train.py --config=configs/grid_rates.py --workdir=runs/grid_rates \\
 """
 
 from tokred.train.config import Config, finish
-from tokred.train.recipes import continued_grid_config
+from tokred.train.recipes import composed_grid_config
 
 
 def get_config(arg: str = "") -> Config:
-    config = continued_grid_config()
+    config = composed_grid_config()
     config.model.vision.class_token = True  # whose attention ranks the tokens
-    config.beside = {
-        "restore": {},
-        "mqt": {"length": 16, "start": "local"},
-        "decoder/pmod": {"schedule": "interleave"},
-    }
     config.rates.update({"steps": 300, "lr": 0.05, "target": 0.6, "weight": 100.0})
     return finish(config, arg)

@@ -96,6 +96,18 @@ def continued_grid_config() -> Config:
     return in_two_stages(grid_config())
 
 
+def composed_grid_config() -> Config:
+    """The same with every patch given back behind the encoder, Matryoshka queries for them in the
+    connector, and p-MoD in the decoder."""
+    config = continued_grid_config()
+    config.beside = {
+        "restore": {},
+        "mqt": {"length": 16, "start": "local"},
+        "decoder/pmod": {"schedule": "interleave"},
+    }
+    return config
+
+
 def in_two_stages(config: Config) -> Config:
     """First what is new learns, then the decoder with it; as usual in the field, the vision model
     stays as it is."""
